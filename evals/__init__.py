@@ -1,0 +1,1 @@
+"""Tasks, scorers, parity, latency and the report."""

@@ -1,0 +1,1 @@
+"""A Hugging Face checkpoint directory in, device bundles out."""

@@ -1,0 +1,1 @@
+"""The device runtime: opens a bundle and answers a question about an image. Never imports torch."""
