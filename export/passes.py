@@ -1,0 +1,277 @@
+"""Graph passes over a traced decoder: names, last-token logits, folded reshapes, packed and fused nodes.
+
+In: the `onnx_ir.Model` of `decoder.py` (or a vision graph, for the naming passes). Out: the same model,
+changed in place, computing the same function. Not here: tracing, quantization.
+Each pass returns how many places it changed, so that a test can tell "fused" from "found nothing".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+MICROSOFT = "com.microsoft"
+KEEP_INPUT = "num_logits_to_keep"
+"""Scalar int64 input of the decoder: how many last positions get logits; 0 means all of them."""
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The array behind an initializer, or None when the value is computed."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that computes `value`, if it is an `op_type`."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type else None
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Register `array` as a weight called `name`."""
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def _node(op_type: str, inputs: list[ir.Value | None], name: str, like: ir.Value, **kwargs: object) -> ir.Node:
+    node = ir.node(op_type, inputs, name=name, **kwargs)  # type: ignore[arg-type]
+    for index, output in enumerate(node.outputs):
+        output.name = f"{name}.out" if index == 0 else f"{name}.out{index}"
+        output.dtype = like.dtype
+    return node
+
+
+def name_weights(model: ir.Model) -> int:
+    """Call each MatMul and its weight by the module it came from: `text.layers.0.mlp.up_proj.weight`."""
+    named, seen = 0, set(model.graph.initializers)
+    for node in model.graph:
+        if node.op_type != "MatMul" or constant(node.inputs[1]) is None:
+            continue
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        if len(scopes) < 2:
+            continue
+        node.name, name = scopes[-2], f"{scopes[-2]}.weight"
+        weight = node.inputs[1]
+        if weight is not None and name not in seen:
+            _rename_initializer(model.graph, weight, name)
+            seen.add(name)
+            named += 1
+    return named
+
+
+def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    old = value.name
+    if old is not None:
+        graph.initializers.pop(old)
+    value.name = name
+    if value.const_value is not None:
+        value.const_value.name = name
+    graph.register_initializer(value)
+
+
+def name_dimensions(model: ir.Model, names: dict[str, list[str | None]]) -> int:
+    """Give graph inputs and outputs the symbolic dimension names of the layout; None keeps a dimension.
+
+    A key that ends in `*` is a prefix.
+    """
+    changed = 0
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        for pattern, dims in names.items():
+            matches = value.name.startswith(pattern[:-1]) if pattern.endswith("*") else value.name == pattern
+            if matches and value.shape is not None:
+                old = list(value.shape)
+                value.shape = ir.Shape([new if new is not None else old[i] for i, new in enumerate(dims)])
+                changed += 1
+                break
+    for node in model.graph:  # inner shapes carry the tracer's symbols, which no longer mean anything
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape = None
+    return changed
+
+
+def keep_last_logits(model: ir.Model) -> int:
+    """Cut the hidden states to the last `num_logits_to_keep` positions before the LM head."""
+    graph = model.graph
+    head = producer(next(out for out in graph.outputs if out.name == "logits"), "MatMul")
+    if head is None:
+        return 0
+    keep = ir.Value(name=KEEP_INPUT, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    graph.inputs.append(keep)
+    hidden = head.inputs[0]
+    assert hidden is not None
+    one, end, axis = (
+        add_initializer(graph, f"keep.{name}", np.array([number], np.int64))
+        for name, number in (("shape", 1), ("end", np.iinfo(np.int64).max), ("axis", 1))
+    )
+    negative = _node("Neg", [keep], "keep.negative", keep)
+    start = _node("Reshape", [negative.outputs[0], one], "keep.start", keep)
+    last = _node("Slice", [hidden, start.outputs[0], end, axis], "keep.last", hidden)
+    graph.insert_before(head, [negative, start, last])
+    head.replace_input_with(0, last.outputs[0])
+    return 1
+
+
+def _before_reshapes(value: ir.Value | None) -> ir.Value | None:
+    """The 3-D value that a chain of reshapes started from; a 4-D one (a per-head norm) stays."""
+    found, seen = value, value
+    while (node := producer(seen, "Reshape")) is not None:
+        seen = node.inputs[0]
+        if seen is not None and seen.shape is not None and len(seen.shape) == 3:
+            found = seen
+    return found
+
+
+def fold_reshapes(model: ir.Model) -> int:
+    """Drop the (B, S, H*D) -> (B, S, H, D) -> (B, S, H*D) round trips around each attention node."""
+    changed = 0
+    for node in list(model.graph):
+        if node.op_type != "GroupQueryAttention":
+            continue
+        for index in range(3):
+            direct = _before_reshapes(node.inputs[index])
+            if direct is not node.inputs[index]:
+                node.replace_input_with(index, direct)
+                changed += 1
+        out = node.outputs[0]
+        for user, _ in list(out.uses()):
+            for second, _ in list(user.outputs[0].uses()) if user.op_type == "Reshape" else []:
+                if second.op_type == "Reshape":
+                    second.outputs[0].replace_all_uses_with(out)
+                    changed += 1
+    common.RemoveUnusedNodesPass()(model)
+    return changed
+
+
+def _projection(value: ir.Value | None) -> tuple[ir.Node, ir.Node | None] | None:
+    """(MatMul, bias Add or None) with constant weights behind `value`."""
+    bias = producer(value, "Add")
+    matmul = producer(bias.inputs[0] if bias is not None else value, "MatMul")
+    if matmul is None or constant(matmul.inputs[1]) is None:
+        return None
+    if bias is not None and constant(bias.inputs[1]) is None:
+        return None
+    return matmul, bias
+
+
+def pack_qkv(model: ir.Model) -> int:
+    """One MatMul (and one bias) for query, key and value, which the attention node takes packed."""
+    graph, packed = model.graph, 0
+    for node in list(graph):
+        if node.op_type != "GroupQueryAttention":
+            continue
+        parts = [found for x in node.inputs[:3] if (found := _projection(x)) is not None]
+        if len(parts) != 3 or len({id(m.inputs[0]) for m, _ in parts}) != 1:
+            continue
+        if len({bias is None for _, bias in parts}) != 1:
+            continue
+        first = parts[0][0]
+        name = (first.name or f"attention.{packed}.q_proj").replace("q_proj", "qkv_proj")
+        weight = np.concatenate([constant(m.inputs[1]) for m, _ in parts], axis=1)
+        like = node.inputs[0]
+        assert like is not None
+        matmul = _node("MatMul", [first.inputs[0], add_initializer(graph, f"{name}.weight", weight)], name, like)
+        new, out = [matmul], matmul.outputs[0]
+        biases = [constant(bias.inputs[1]) for _, bias in parts if bias is not None]
+        if biases:
+            bias_value = add_initializer(graph, f"{name}.bias", np.concatenate(biases))
+            new.append(_node("Add", [out, bias_value], f"{name}.add", like))
+            out = new[-1].outputs[0]
+        graph.insert_before(first, new)
+        node.replace_input_with(0, out)
+        node.replace_input_with(1, None)
+        node.replace_input_with(2, None)
+        packed += 1
+    common.RemoveUnusedNodesPass()(model)
+    return packed
+
+
+def pack_gate_up(model: ir.Model) -> int:
+    """One MatMul for the gate and up projections of a SiLU-gated MLP, then a Split."""
+    graph, packed = model.graph, 0
+    for node in list(graph):
+        gate = producer(node.inputs[0], "MatMul") if node.op_type == "Sigmoid" else None
+        up = _gated_partner(node, gate) if gate is not None else None
+        if gate is None or up is None:
+            continue
+        weights = [constant(gate.inputs[1]), constant(up.inputs[1])]
+        if weights[0] is None or weights[1] is None or up.inputs[0] is not gate.inputs[0]:
+            continue
+        name = (gate.name or f"mlp.{packed}.gate_proj").replace("gate_proj", "gate_up_proj")
+        weight = add_initializer(graph, f"{name}.weight", np.concatenate(weights, axis=1))
+        sizes = add_initializer(graph, f"{name}.sizes", np.array([w.shape[1] for w in weights], np.int64))
+        like = gate.outputs[0]
+        matmul = _node("MatMul", [gate.inputs[0], weight], name, like)
+        split = _node(
+            "Split", [matmul.outputs[0], sizes], f"{name}.split", like, attributes={"axis": -1}, num_outputs=2
+        )
+        graph.insert_before(gate, [matmul, split])
+        gate.outputs[0].replace_all_uses_with(split.outputs[0])
+        up.outputs[0].replace_all_uses_with(split.outputs[1])
+        packed += 1
+    common.RemoveUnusedNodesPass()(model)
+    return packed
+
+
+def _gated_partner(sigmoid: ir.Node, gate: ir.Node) -> ir.Node | None:
+    """The up projection in `gate * sigmoid(gate) * up`, whatever the order of the factors."""
+    for user, _ in sigmoid.outputs[0].uses():
+        if user.op_type != "Mul" or gate.outputs[0] not in user.inputs:
+            continue
+        for last, _ in user.outputs[0].uses():
+            others = [x for x in last.inputs if x is not user.outputs[0]]
+            if last.op_type == "Mul" and len(others) == 1:
+                return producer(others[0], "MatMul")
+    return None
+
+
+def fuse_skip_norm(model: ir.Model) -> int:
+    """Residual add followed by RMSNorm -> `com.microsoft::SkipSimplifiedLayerNormalization`."""
+    graph, fused = model.graph, 0
+    for node in list(graph):
+        add = producer(node.inputs[0], "Add") if node.op_type == "SimplifiedLayerNormalization" else None
+        if add is None or any(constant(value) is not None for value in add.inputs):
+            continue
+        skip = _node(
+            "SkipSimplifiedLayerNormalization",
+            [add.inputs[0], add.inputs[1], node.inputs[1]],
+            f"{node.name}.skip",
+            node.outputs[0],
+            attributes={"epsilon": node.attributes["epsilon"].as_float()},
+            domain=MICROSOFT,
+            num_outputs=4,
+        )
+        graph.insert_before(node, skip)
+        node.outputs[0].replace_all_uses_with(skip.outputs[0])
+        add.outputs[0].replace_all_uses_with(skip.outputs[3])
+        graph.remove([node, add], safe=True)
+        fused += 1
+    return fused
+
+
+DECODER_PASSES: tuple[Callable[[ir.Model], int], ...] = (
+    name_weights,
+    fold_reshapes,
+    pack_qkv,
+    pack_gate_up,
+    fuse_skip_norm,
+    keep_last_logits,
+)
+"""In order. Names come first (packing builds on them), the logits cut last (it adds a graph input)."""
+
+
+def run(model: ir.Model, passes: Iterable[Callable[[ir.Model], int]]) -> dict[str, int]:
+    """Run `passes`, then sort and drop what became unused. Returns the number of changes per pass."""
+    changes = {step.__name__: step(model) for step in passes}
+    model.opset_imports[MICROSOFT] = 1
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.TopologicalSortPass()(model)
+    return changes
