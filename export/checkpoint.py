@@ -1,0 +1,155 @@
+"""Opens a Hugging Face checkpoint directory safely: safetensors only, no remote code, one clear line when not.
+
+In: a path. Out: a `Checkpoint` (model in float32 on the CPU, processor, task, hash). Not here: what a
+family looks like inside (`families/`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import CheckpointError, MissingExtra
+from runtime.files import sha256_file
+
+TASK = "image-text-to-text"
+_HASHED = ("*.safetensors", "*.json", "*.jinja")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint. `model` is a PreTrainedModel in eval mode, `processor` what AutoProcessor gave."""
+
+    path: Path
+    model: Any
+    processor: Any
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def parameters(self) -> int:
+        """Distinct parameters: a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the sorted `HASH  NAME` lines of weights, configuration, tokenizer and template."""
+        found = sorted({file for pattern in _HASHED for file in self.path.glob(pattern) if file.is_file()})
+        lines = "".join(f"{sha256_file(file)}  {file.name}\n" for file in found)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's `config.json`, after everything that can be refused before torch is imported.
+
+    Raises CheckpointError: no directory, no configuration, remote code, weights absent, incomplete or pickled.
+    """
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path}: {kind}; expected a Hugging Face checkpoint directory")
+    config_path = path / "config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no config.json; expected a Hugging Face checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_path}: cannot be read as JSON ({error}); copy it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{config_path}: has no model_type; expected a transformers configuration")
+    if "auto_map" in config:
+        raise CheckpointError(
+            f"{config_path}: auto_map asks for code shipped with the checkpoint, which is never run; "
+            "use a checkpoint of an architecture inside transformers"
+        )
+    _check_weights(path)
+    return config
+
+
+def _check_weights(path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: is no index of shards ({error}); copy it again") from error
+        if missing := [name for name in shards if not (path / name).is_file()]:
+            raise CheckpointError(
+                f"{path}: {len(missing)} of {len(shards)} weight shards missing ({missing[0]}); copy them"
+            )
+        return
+    if (path / "model.safetensors").is_file():
+        return
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path}: weights only as pickle ({pickles[0]}), which can run code and is not read; "
+            "save the model again with save_pretrained (safetensors)"
+        )
+    raise CheckpointError(f"{path}: no model.safetensors; expected the weights beside config.json")
+
+
+def load(path: Path) -> Checkpoint:
+    """Load model and processor from a checked directory, offline. Raises CheckpointError or MissingExtra."""
+    read_config(path)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging
+    except ImportError as error:
+        raise MissingExtra(error.name or "torch", "export") from error
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        common = {"local_files_only": True, "trust_remote_code": False}
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **common
+        )
+        processor = AutoProcessor.from_pretrained(path, **common)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if absent := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
+        raise CheckpointError(
+            f"{path}: {len(absent)} weights missing or of another shape (first: {absent[0]}); "
+            "they would be random; save the model again"
+        )
+    _check_task(path, model)
+    return Checkpoint(path, model.eval().requires_grad_(False), processor)
+
+
+def _check_task(path: Path, model: Any) -> None:
+    """optimum's TasksManager names the task from the model class.
+
+    From a local directory it can only tell the library ("cannot infer the task from a local directory"),
+    so the loaded model is asked instead.
+    """
+    try:
+        from optimum.exporters.tasks import TasksManager
+    except ImportError as error:
+        raise MissingExtra(error.name or "optimum", "export") from error
+    task = TasksManager.infer_task_from_model(model)
+    if task != TASK:
+        raise CheckpointError(f"{path}: is a checkpoint for {task}; only {TASK} can be exported")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
