@@ -135,3 +135,22 @@ class Ledger:
     def add(self, entry: dict[str, Any]) -> None:
         lines = [*map(json.dumps, self.entries()), json.dumps(entry)]
         write_text(self.path, "\n".join(lines) + "\n")
+
+
+def write_shard(path: Path, rows: list[Any]) -> None:
+    """Write rows as JSON lines, sealed by a last line with their count and hash: never half a shard."""
+    body = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    seal = {"rows": len(rows), "sha256": hashlib.sha256(body.encode()).hexdigest()}
+    write_text(path, body + json.dumps(seal) + "\n")
+
+
+def read_shard(path: Path) -> list[Any]:
+    """Rows of a sealed shard. Raises StateError when the seal is missing or does not match."""
+    *lines, last = path.read_text().splitlines(keepends=True)
+    try:
+        seal = json.loads(last)["sha256"]
+    except (ValueError, KeyError, TypeError):
+        seal = "none"
+    if seal != hashlib.sha256("".join(lines).encode()).hexdigest():
+        raise StateError(f"{path}: the shard's seal does not match its rows; delete this file and run again")
+    return [json.loads(line) for line in lines]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
-Filter = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+Filter = Literal["bilinear", "bicubic", "lanczos"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -1,0 +1,129 @@
+"""Choosing tokens and turning them into text.
+
+In: logits (vocab,) float32, one step at a time. Out: token ids, and text pieces that are whole characters.
+Not here: the model that makes the logits (`runtime/session.py`).
+
+Options have the order and the definitions of transformers' `generate`: repetition penalty, temperature,
+top-k, top-p, then a draw. The random stream is numpy's: a seed repeats an answer here, not torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Tokenizer
+
+Logits = NDArray[np.float32]
+FinishReason = Literal["stop", "length", "context"]
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class GenerationOptions(BaseModel):
+    """How an answer is generated; the defaults are greedy. `temperature` 0 is greedy, above it samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=0, description="0: no limit; only when sampling")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="1: no limit; only when sampling")
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0)
+
+
+class Sampler:
+    """Picks the next token. One per answer: it holds the random state and the ids seen so far."""
+
+    def __init__(self, options: GenerationOptions, prompt_ids: Sequence[int] | NDArray[np.int64]) -> None:
+        self.options = options
+        self.random = np.random.default_rng(options.seed)
+        self.seen = {int(token) for token in prompt_ids}
+
+    def pick(self, logits: Logits) -> int:
+        """The id chosen from logits (vocab,); ties go to the lowest id."""
+        scores = penalise(logits, sorted(self.seen), self.options.repetition_penalty)
+        if self.options.temperature == 0.0:
+            token = int(np.argmax(scores))
+        else:
+            token = int(self.random.choice(len(scores), p=distribution(scores, self.options)))
+        self.seen.add(token)
+        return token
+
+
+def penalise(logits: Logits, seen: Sequence[int], penalty: float) -> Logits:
+    """Logits (vocab,) with those of `seen` ids divided by `penalty` where positive, else multiplied by it."""
+    if penalty == 1.0 or not seen:
+        return logits
+    scores = logits.copy()
+    index = np.asarray(seen)
+    old = scores[index]
+    scores[index] = np.where(old < 0, old * penalty, old / penalty)
+    return scores
+
+
+def distribution(logits: Logits, options: GenerationOptions) -> NDArray[np.float64]:
+    """Probabilities (vocab,) after temperature, top-k and top-p, in this order; they sum to 1."""
+    scores = logits.astype(np.float64) / options.temperature
+    if 0 < options.top_k < len(scores):
+        scores = np.where(scores < np.partition(scores, -options.top_k)[-options.top_k], -np.inf, scores)
+    if options.top_p < 1.0:
+        order = np.argsort(
+            scores, kind="stable"
+        )  # ascending: the tail below 1 - top_p goes, the best one stays
+        tail = np.cumsum(softmax(scores[order])) <= 1.0 - options.top_p
+        tail[-1] = False
+        scores = scores.copy()
+        scores[order[tail]] = -np.inf
+    return softmax(scores)
+
+
+def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities (n,) of scores (n,); -inf has probability 0."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+class Detokenizer:
+    """Turns a stream of ids into text pieces that never split a character; special tokens are silent.
+
+    The pieces joined with `flush()` are exactly `tokenizer.decode(all ids)`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._anchor = 0  # decoding starts here: everything before is out, with context for what follows
+        self._given = 0  # characters given of the text decoded from the anchor
+
+    def push(self, token: int) -> str:
+        """The text that this id completes; empty while a character is unfinished."""
+        self._ids.append(token)
+        text = self._decode()
+        piece = text[self._given :]
+        if not piece or piece.endswith(REPLACEMENT):
+            return ""
+        self._advance(text)
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end, an unfinished character as U+FFFD."""
+        text = self._decode()
+        piece = text[self._given :]
+        self._given = len(text)
+        return piece
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids[self._anchor :], skip_special_tokens=True)
+
+    def _advance(self, text: str) -> None:
+        """Move the anchor so that a step decodes a few ids, not the whole answer; one id stays as context."""
+        anchor = len(self._ids) - 1
+        context = self._tokenizer.decode(self._ids[anchor:], skip_special_tokens=True)
+        if context and text.endswith(context) and REPLACEMENT not in context:
+            self._anchor, self._given = anchor, len(context)
+        else:
+            self._given = len(text)

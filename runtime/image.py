@@ -1,0 +1,188 @@
+"""From a picture to the vision part's input, by the operations that a manifest names.
+
+In: a path, the bytes of a file, or a PIL image, and a manifest's image section. Out: `PreparedImage`.
+Not here: the vision part itself, resampling arithmetic (`runtime/resample.py`).
+
+Where a picture comes from matters, because it does so in transformers: a *file* (path or bytes) is turned
+upright by its EXIF tag, a PIL image is taken as it is; `to_rgb@1` says what each does with transparency.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from runtime import resample
+from runtime.errors import InputError
+from runtime.manifest import ExifRotate, ImageSpec, Normalise, ResizeExact, ResizeLongestEdge, ToRgb
+
+ImageInput = Image.Image | Path | str | bytes
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """`pixels` (1, 3, H, W) as the vision part takes them; `tokens` is how many image tokens they become."""
+
+    pixels: NDArray[Any]
+    tokens: int
+
+
+def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int) -> PreparedImage:
+    """Load and transform one picture. Raises InputError in one line when it is no picture or too large."""
+    from_file = not isinstance(source, Image.Image)
+    value: Any = load(source, max_source_pixels)
+    for operation in spec.operations:
+        value = OPERATIONS[type(operation)](value, operation, from_file)
+    pixels = np.ascontiguousarray(value.transpose(2, 0, 1)[None], dtype=spec.pixels.dtype)
+    expected = spec.pixels.shape[1:]
+    if any(
+        isinstance(want, int) and want != got for want, got in zip(expected, pixels.shape[1:], strict=True)
+    ):
+        raise InputError(
+            f"image: became {pixels.shape[1:]}, the vision part takes {expected}; re-export the bundle"
+        )
+    return PreparedImage(pixels=pixels, tokens=spec.tokens)
+
+
+# --- loading ----------------------------------------------------------
+
+
+def load(source: ImageInput, max_source_pixels: int) -> Image.Image:
+    """A decoded picture, the first frame of several. Its size is checked before any pixel is decoded."""
+    if isinstance(source, Image.Image):
+        _check_size(source, "image", max_source_pixels)
+        return source
+    name, opener = _open_file(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # our own limit is checked instead
+            picture = Image.open(opener)
+    except Image.DecompressionBombError:
+        raise InputError(
+            f"{name}: has more than {max_source_pixels} pixels, the limit; make it smaller"
+        ) from None
+    except Exception as error:  # decoders raise almost anything on hostile bytes
+        raise InputError(
+            f"{name}: is not an image that can be read; give a PNG, JPEG or WebP file"
+        ) from error
+    _check_size(picture, name, max_source_pixels)
+    try:
+        picture.load()
+    except Exception as error:
+        raise InputError(
+            f"{name}: the image is truncated or damaged ({_short(error)}); save it again"
+        ) from error
+    return picture
+
+
+def _open_file(source: Path | str | bytes) -> tuple[str, io.BytesIO]:
+    if isinstance(source, bytes):
+        return "image bytes", io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"image: got {type(source).__name__}, expected a path, bytes or a PIL image")
+    if str(source).startswith(("http:", "https:")):
+        raise InputError(f"{source}: addresses are not fetched; download the image and give its path")
+    try:
+        return str(source), io.BytesIO(Path(source).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{source}: cannot be read ({reason}); give the path of an image file") from error
+
+
+def _check_size(picture: Image.Image, name: str, max_source_pixels: int) -> None:
+    width, height = picture.size
+    if not width * height:
+        raise InputError(f"{name}: is empty ({width} x {height}); give an image with pixels")
+    if width * height > max_source_pixels:
+        raise InputError(
+            f"{name}: {width} x {height} is {width * height} pixels, the limit is {max_source_pixels}; "
+            "make it smaller"
+        )
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+# --- operations -------------------------------------------------------
+
+
+def _exif_rotate(picture: Image.Image, _: ExifRotate, from_file: bool) -> Image.Image:
+    if not from_file:
+        return picture
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # an unreadable EXIF block says nothing about the pixels
+        return picture
+
+
+def _to_rgb(picture: Image.Image, operation: ToRgb, from_file: bool) -> Bytes:
+    if from_file and picture.mode.startswith("I"):
+        picture = _high_byte(picture)
+    alpha = operation.file_alpha if from_file else operation.pixels_alpha
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow remarks on palettes with transparency
+        if alpha == "white" and ("A" in picture.getbands() or picture.info.get("transparency") is not None):
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+        return np.asarray(picture.convert("RGB"))
+
+
+def _high_byte(picture: Image.Image) -> Image.Image:
+    """16-bit gray to 8-bit by its high byte. Pillow would clip to white, transformers would not rescale."""
+    return Image.fromarray((np.clip(np.asarray(picture), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+
+
+def longest_edge_size(height: int, width: int, longest_edge: int, cap: int) -> tuple[int, int]:
+    """(height, width) after `resize_longest_edge@1`: doubles, truncated, an odd shorter edge grows by one."""
+    aspect = width / height
+    if width >= height:
+        width, height = longest_edge, int(longest_edge / aspect)
+        height += height % 2
+    else:
+        width, height = int(longest_edge * aspect), longest_edge
+        width += width % 2
+    height, width = max(height, 1), max(width, 1)
+    aspect = width / height
+    if width >= height and width > cap:
+        width, height = cap, int(cap / aspect)
+    elif height > width and height > cap:
+        width, height = int(cap * aspect), cap
+    return max(height, 1), max(width, 1)
+
+
+def _resize_longest_edge(pixels: Bytes, operation: ResizeLongestEdge, _: bool) -> Bytes:
+    height, width = longest_edge_size(pixels.shape[0], pixels.shape[1], operation.longest_edge, operation.cap)
+    return resample.resize(pixels, height, width, operation.filter)
+
+
+def _resize_exact(pixels: Bytes, operation: ResizeExact, _: bool) -> Bytes:
+    return resample.resize(pixels, operation.height, operation.width, operation.filter)
+
+
+def _normalise(pixels: Bytes, operation: Normalise, _: bool) -> NDArray[np.float32]:
+    subtract, divide = (
+        np.array(values, dtype=np.float32) for values in (operation.subtract, operation.divide)
+    )
+    return (pixels.astype(np.float32) - subtract) / divide
+
+
+OPERATIONS: dict[type, Callable[[Any, Any, bool], Any]] = {
+    ExifRotate: _exif_rotate,
+    ToRgb: _to_rgb,
+    ResizeLongestEdge: _resize_longest_edge,
+    ResizeExact: _resize_exact,
+    Normalise: _normalise,
+}

@@ -1,0 +1,159 @@
+"""Runs a bundle's ONNX parts with onnxruntime.
+
+In: a bundle directory and its manifest. Out: a `Backend` (`runtime/session.py`).
+Not here: pictures, text, sampling.
+
+Batch 1. Which tensors exist, their types and shapes come from the manifest; the graphs are checked against it
+when they are opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import bundle
+from runtime.errors import BundleError, MissingExtra
+from runtime.manifest import Manifest, Part, StateTensor
+
+Floats = NDArray[np.float32]
+TokenIds = NDArray[np.int64]
+
+ORT_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+STEP_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep")
+
+
+class OnnxBackend:
+    """The three parts of a bundle in onnxruntime, and the state of one sequence."""
+
+    def __init__(self, directory: Path, manifest: Manifest, *, threads: int, spin: bool) -> None:
+        ort = _import_onnxruntime()
+        options = _session_options(ort, threads, spin)
+        self._manifest = manifest
+        self._vision = _open_part(ort, directory, manifest.part("vision_encoder"), options)
+        self._embed = _open_part(ort, directory, manifest.part("embed_tokens"), options)
+        self._decoder = _open_part(ort, directory, manifest.part("decoder"), options)
+        self._step_inputs = _step_inputs(manifest)
+        self._outputs = ["logits", *(state.output for state in manifest.state)]
+        self._ort = ort
+        self._state: dict[str, Any] = {}
+        self._length = 0
+
+    def encode_image(self, pixels: NDArray[Any]) -> Floats:
+        """Pixels (1, 3, H, W) to features (tokens, hidden)."""
+        part = self._manifest.part("vision_encoder")
+        features = self._vision.run([part.outputs[0].name], {part.inputs[0].name: pixels})[0]
+        return features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
+
+    def prefill(self, ids: TokenIds, features: Floats | None) -> Floats:
+        """Start a sequence; logits (vocab,) of the last of ids (prompt,)."""
+        self._length = 0
+        self._state = {state.input: self._empty(state) for state in self._manifest.state}
+        embeds = self._embeddings(ids)
+        if features is not None:
+            embeds[0, ids == self._manifest.merge.token] = features
+        return self._step(embeds)
+
+    def decode(self, token_id: int) -> Floats:
+        """Logits (vocab,) after one more token."""
+        return self._step(self._embeddings(np.array([token_id], dtype=np.int64)))
+
+    def close(self) -> None:
+        """Free the models and the state."""
+        del self._vision, self._embed, self._decoder
+        self._state = {}
+
+    def _embeddings(self, ids: TokenIds) -> NDArray[Any]:
+        """Embeddings (1, S, hidden) of ids (S,)."""
+        part = self._manifest.part("embed_tokens")
+        return self._embed.run([part.outputs[0].name], {part.inputs[0].name: ids[None]})[0]
+
+    def _empty(self, state: StateTensor) -> Any:
+        shape = [
+            0 if axis == state.sequence_axis else size if isinstance(size, int) else 1
+            for axis, size in enumerate(state.shape)
+        ]
+        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=state.dtype))
+
+    def _step(self, embeds: NDArray[Any]) -> Floats:
+        """Run the decoder on further embeddings (1, S, hidden); logits (vocab,) of the last one."""
+        new = embeds.shape[1]
+        total = self._length + new
+        step = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
+            "num_logits_to_keep": np.array(1, dtype=np.int64),
+        }
+        feeds = {name: self._ort.OrtValue.ortvalue_from_numpy(step[name]) for name in self._step_inputs}
+        outputs = self._decoder.run_with_ort_values(self._outputs, {**feeds, **self._state})
+        for state, value in zip(self._manifest.state, outputs[1:], strict=True):
+            self._state[state.input] = value
+        self._length = total
+        return outputs[0].numpy()[0, -1].astype(np.float32, copy=False)
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", "onnx") from error
+    return onnxruntime
+
+
+def _session_options(ort: Any, threads: int, spin: bool) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only; they are raised as well
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    return options
+
+
+def _open_part(ort: Any, directory: Path, part: Part, options: Any) -> Any:
+    """An InferenceSession of one part whose inputs and outputs are those of the manifest."""
+    path = bundle.locate(directory, part.path)
+    where = f"{directory.name}/{part.path}"
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class for each status
+        first_line = (str(error).splitlines() or [""])[0]
+        raise BundleError(
+            f"{where}: onnxruntime {ort.__version__} cannot open it ({first_line}); re-export"
+        ) from error
+    for kind, wanted, found in (
+        ("input", part.inputs, session.get_inputs()),
+        ("output", part.outputs, session.get_outputs()),
+    ):
+        manifest_types = {spec.name: spec.dtype for spec in wanted}
+        graph_types = {spec.name: ORT_TYPES.get(spec.type, spec.type) for spec in found}
+        if manifest_types != graph_types:
+            raise BundleError(
+                f"{where}: {kind}s are {graph_types}, the manifest says {manifest_types}; re-export"
+            )
+    return session
+
+
+def _step_inputs(manifest: Manifest) -> Sequence[str]:
+    """The decoder's inputs that are no state; one that nobody fills is refused."""
+    names = [spec.name for spec in manifest.part("decoder").inputs]
+    states = {state.input for state in manifest.state}
+    step = [name for name in names if name not in states]
+    if unknown := [name for name in step if name not in STEP_INPUTS]:
+        raise BundleError(
+            f"decoder: has inputs {', '.join(unknown)}, which this runtime does not fill; "
+            "update pocketvlm or re-export"
+        )
+    return step

@@ -1,0 +1,73 @@
+"""The decoder's token ids for one question about a picture, from a manifest's prompt section.
+
+In: a question and how many picture tokens go in. Out: ids equal to the checkpoint's chat template.
+Not here: jinja, pictures, answers.
+
+As in transformers, a special token written in a question is that special token; strings that the checkpoint's
+processor refuses (an image placeholder) are refused here as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from runtime.errors import BundleError, InputError
+from runtime.manifest import Ids, ImageSlot, PromptSpec, Segment
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, with padding and truncation off."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise BundleError(f"{path}: is no tokenizer.json ({error}); re-export") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def render(
+    prompt: PromptSpec, tokenizer: Tokenizer, question: str, image_tokens: Sequence[int]
+) -> NDArray[np.int64]:
+    """Token ids (prompt,) of one turn; `image_tokens` holds the token count of each picture.
+
+    Raises InputError when a picture is missing or too many, or the question holds a refused string.
+    """
+    for refused in prompt.refused_text:
+        if refused in question:
+            raise InputError(f"question: contains {refused!r}, which stands for a picture; leave it out")
+    ids: list[int] = list(prompt.system)
+    for segment in _segments(prompt, len(image_tokens)):
+        if isinstance(segment, Ids):
+            ids += segment.ids
+        elif isinstance(segment, ImageSlot):
+            image = prompt.image
+            ids += [*image.before, *[image.token] * image_tokens[0], *image.after]
+        else:
+            ids += encode(tokenizer, segment.before + question + segment.after)
+    return np.array([*ids, *prompt.assistant], dtype=np.int64)
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text as the chat template's text is tokenised: special tokens recognised, none added."""
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except (TypeError, UnicodeError) as error:  # lone surrogates, as from bytes that were no UTF-8
+        raise InputError(f"question: is no valid Unicode text ({error}); give it as UTF-8") from error
+
+
+def _segments(prompt: PromptSpec, images: int) -> tuple[Segment, ...]:
+    if images == 1:
+        return prompt.user
+    if images > 1:
+        raise InputError(
+            f"question: has {images} images, this bundle answers about one; ask about each alone"
+        )
+    if prompt.user_without_image is None:
+        raise InputError("question: has no image, but this bundle answers questions about one; add an image")
+    return prompt.user_without_image
