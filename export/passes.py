@@ -275,3 +275,17 @@ def run(model: ir.Model, passes: Iterable[Callable[[ir.Model], int]]) -> dict[st
     common.CommonSubexpressionEliminationPass()(model)
     common.TopologicalSortPass()(model)
     return changes
+
+
+def strip(model: ir.Model) -> None:
+    """Drop what only the tracer understands: node metadata, doc strings, operator sets that nothing uses."""
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in [*model.graph.initializers.values(), *model.graph.inputs, *model.graph.outputs]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    used = {node.domain for node in model.graph} | {""}
+    for domain in set(model.opset_imports) - used:
+        del model.opset_imports[domain]

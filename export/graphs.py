@@ -1,0 +1,51 @@
+"""The three float32 graphs of a checkpoint, traced once and shared by every precision.
+
+In: a checkpoint and its family. Out: `onnx_ir` models by role, with the layout's tensor names.
+Not here: quantization, files.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from export import passes
+from export.checkpoint import Checkpoint
+from export.decoder import to_onnx, trace_decoder
+from export.families import Family
+
+ROLES = ("vision_encoder", "embed_tokens", "decoder")
+"""In the order of use."""
+
+_DIMENSIONS: dict[str, list[str | None]] = {
+    "inputs_embeds": ["batch_size", "sequence_length", None],
+    "attention_mask": ["batch_size", "total_sequence_length"],
+    "position_ids": ["batch_size", "sequence_length"],
+    "input_ids": ["batch_size", "sequence_length"],
+    "past_key_values.*": ["batch_size", None, "past_sequence_length", None],
+    "present.*": ["batch_size", None, "total_sequence_length", None],
+    "logits": ["batch_size", "kept_length", None],
+    "pixel_values": ["num_images", None, None, None],
+    "image_features": ["num_images", None, None],
+}
+
+
+def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
+    """Trace vision encoder, embedding and decoder in float32."""
+    modules, shape = family.modules(checkpoint), family.decoder_shape(checkpoint)
+    image = family.image(checkpoint)
+    pixels = torch.zeros(2, *(int(side) for side in image.pixels.shape[1:]))
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    auto = torch.export.Dim.DYNAMIC
+    models = {
+        "vision_encoder": to_onnx(modules.vision, (pixels,), ["pixel_values"], ["image_features"], ({0: auto},)),
+        "embed_tokens": to_onnx(modules.embed, (ids,), ["input_ids"], ["inputs_embeds"], ({0: auto, 1: auto},)),
+        "decoder": trace_decoder(modules.text, modules.head, shape),
+    }
+    passes.run(models["vision_encoder"], (passes.name_weights,))
+    passes.run(models["decoder"], passes.DECODER_PASSES)
+    for model in models.values():
+        passes.name_dimensions(model, _DIMENSIONS)
+        passes.strip(model)
+    # through the wire format: attributes then have the precision that a file keeps, and nothing holds on to torch
+    return {role: ir.from_proto(ir.to_proto(model)) for role, model in models.items()}
