@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,15 +54,15 @@ class Taps:
     def __init__(self, size_in: int, size_out: int, filter_name: str) -> None:
         radius, function = FILTERS[filter_name]
         scale = size_in / size_out
-        support = radius * max(scale, 1.0)
+        support: float = radius * max(scale, 1.0)
         shrink = 1.0 / scale if scale >= 1.0 else 1.0
         self.first: list[int] = []
-        rows: list[Any] = []
+        rows: list[Doubles] = []
         for i in range(size_out):
             centre = scale * (i + 0.5)
             low = max(int(centre - support + 0.5), 0)
             high = min(int(centre + support + 0.5), size_in)
-            raw: Any = function((np.arange(low, high) - centre + 0.5) * shrink)
+            raw = function((np.arange(low, high, dtype=np.float64) - centre + 0.5) * shrink)
             rows.append(
                 raw / float(np.cumsum(raw)[-1])
             )  # cumsum adds from left to right, as the reference does

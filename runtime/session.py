@@ -260,7 +260,7 @@ def open_bundle(
 ) -> Session:
     """Open a bundle directory, every file's hash checked unless `verify` is off.
 
-    `threads`: physical cores by default. `spin=False`: idle threads sleep, kinder to a busy machine or a battery.
+    `threads`: physical cores by default. `spin=False`: idle threads sleep, for busy machines and batteries.
     Raises BundleError or MissingExtra.
     """
     start = time.perf_counter()

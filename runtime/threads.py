@@ -11,7 +11,7 @@ QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 
 
 def default_threads() -> int:
-    """Physical cores this process may use: its CPU set without hyper-thread twins, within a container's quota."""
+    """Physical cores this process may use: its CPU set without hyper-thread twins, within its CPU quota."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = {_core_of(cpu) for cpu in usable}
     return max(1, min(len(cores), _quota()))
