@@ -100,8 +100,9 @@ class Device(Record):
 class Latency(Record):
     """One bundle measured in fresh processes; docs/evaluation.md says what each figure covers.
 
-    peak_rss_mib: VmHWM of the measuring process, largest of the rounds. ttft_ms is measured whole, never
-    summed. Every repeat decodes exactly `decode_tokens` tokens, stop tokens ignored.
+    peak_rss_mib: VmHWM of the measuring process, largest of the rounds; base_rss_mib: what Python and its
+    libraries took before the bundle was opened. ttft_ms is measured whole, never summed. Every repeat
+    decodes exactly `decode_tokens` tokens, stop tokens ignored.
     """
 
     threads: Annotated[int, Field(ge=1)]
@@ -122,6 +123,7 @@ class Latency(Record):
     end_to_end_ms: Percentiles
     prefill_tok_s: Amount
     decode_tok_s: Amount
+    base_rss_mib: Amount
     peak_rss_mib: Amount
     disk_bytes: Count
     device: Device
