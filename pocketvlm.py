@@ -1,0 +1,354 @@
+"""The front door: `pocketvlm VERB`, the same as `python -m pocketvlm VERB`.
+
+In: arguments. Out: the result (an answer, a path) on stdout, progress and timings on stderr.
+Not here: any work. A verb imports its package when it runs, so that `--help` is instant and a missing extra
+is named only by who needs it. A `PocketError` is one line on stderr and exit code 2; Ctrl-C is 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from runtime.errors import InputError, MissingExtra, PocketError
+
+if TYPE_CHECKING:
+    from runtime.generation import GenerationOptions
+    from runtime.session import GenerationStats, Session
+
+
+class FrontDoor(TyperGroup):
+    """Turns an error that a user can act on, and Ctrl-C, into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PocketError as error:
+            typer.echo(f"pocketvlm: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("pocketvlm: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="pocketvlm",
+    cls=FrontDoor,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Distil a vision-language model, export it, run it on a device, and prove what it costs.",
+    epilog="Each verb has its own examples: `pocketvlm run --help`.",
+)
+
+
+def main() -> None:
+    """Entry point of the `pocketvlm` command."""
+    app(prog_name="pocketvlm")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"pocketvlm {_version()}")
+        raise typer.Exit
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pocketvlm")
+    except PackageNotFoundError:
+        return "(not installed, run from its source)"
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- run --------------------------------------------------------------
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm run bundles/student-onnx-int8 --image photo.png "what color is the circle?"
+
+    pocketvlm run bundles/student-onnx-int8 --image photo.png "describe it" --temperature 0.7 --seed 1 --json
+"""
+)
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle directory, made by `pocketvlm export`.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="Image file: PNG, JPEG, WebP, ...")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it samples.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the tokens of this total probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen are less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Repeats a sampled answer.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
+    spin: Annotated[bool, typer.Option(help="Let waiting threads spin; off on a busy machine.")] = True,
+    verify: Annotated[bool, typer.Option(help="Check the hash of every file of the bundle.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Answer a question about an image with an exported bundle, without torch."""
+    options = _generation_options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    import runtime
+
+    with runtime.open_bundle(bundle, threads=threads, verify=verify, spin=spin) as session:
+        if as_json:
+            typer.echo(json.dumps(_answer_as_dict(session, image, question, options), ensure_ascii=False))
+            return
+        for piece in session.stream(image, question, options):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        typer.echo()
+        typer.echo(_timing_line(session.load_ms, session.last_stats), err=True)
+
+
+def _generation_options(**values: Any) -> GenerationOptions:
+    from pydantic import ValidationError
+
+    from runtime.generation import GenerationOptions
+
+    try:
+        return GenerationOptions(**values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = str(fault["loc"][0]).replace("_", "-")
+        raise InputError(f"--{name}: got {fault['input']}; {fault['msg'].lower()}") from None
+
+
+def _answer_as_dict(
+    session: Session, image: Path | None, question: str, options: GenerationOptions
+) -> dict[str, Any]:
+    answer = session.ask(image, question, options)
+    stats = answer.stats
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "load_ms": round(session.load_ms, 3),
+        "prepare_ms": round(stats.prepare_ms, 3),
+        "encode_ms": round(stats.encode_ms, 3),
+        "prefill_ms": round(stats.prefill_ms, 3),
+        "ttft_ms": round(stats.ttft_ms, 3),
+        "decode_ms": [round(each, 3) for each in stats.decode_ms],
+        "prompt_tokens": stats.prompt_tokens,
+        "image_tokens": stats.image_tokens,
+        "new_tokens": stats.new_tokens,
+        "prefill_tok_s": round(stats.prefill_tok_s, 2),
+        "decode_tok_s": round(stats.decode_tok_s, 2),
+    }
+
+
+def _timing_line(load_ms: float, stats: GenerationStats) -> str:
+    speed = f"{stats.decode_tok_s:.1f} tok/s" if stats.decode_ms else "one token, no tok/s"
+    image_ms = stats.prepare_ms + stats.encode_ms
+    return (
+        f"load {load_ms:.0f} ms | image {image_ms:.1f} ms "
+        f"(prepare {stats.prepare_ms:.1f}, encode {stats.encode_ms:.1f}) | "
+        f"TTFT {stats.ttft_ms:.1f} ms | {speed} | "
+        f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new"
+    )
+
+
+# --- export -----------------------------------------------------------
+
+FORMATS = ("onnx",)
+PRECISIONS = ("fp32", "int8", "int4")
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm export student/ --to onnx --precision int8 --out bundles
+
+    pocketvlm export student/ --precision fp32,int8,int4 --out bundles --name student
+"""
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint directory.")],
+    out: Annotated[Path, typer.Option(help="Directory that the bundles go into.")],
+    to: Annotated[str, typer.Option(help="Format: " + ", ".join(FORMATS) + ".")] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="One or several of " + ", ".join(PRECISIONS) + ", separated by commas.")
+    ] = "fp32",
+    name: Annotated[str | None, typer.Option(help="Name of the bundles; default: the checkpoint's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Export a checkpoint to bundles that answer as it does; their paths go to stdout, one a line."""
+    if to not in FORMATS:
+        raise InputError(f"--to: got {to!r}, expected one of {', '.join(FORMATS)}")
+    precisions = _split_choices("--precision", precision, PRECISIONS)
+    _require("export", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))
+    from export import export_all
+
+    with _progress("export") as progress:
+        bundles = export_all(checkpoint, out, precisions, name=name, progress=progress)
+    if as_json:
+        typer.echo(json.dumps({"bundles": [str(path) for path in bundles]}))
+    else:
+        for path in bundles:
+            typer.echo(path)
+
+
+def _split_choices(option: str, text: str, choices: Sequence[str]) -> list[str]:
+    """The comma-separated values of an option, without repeats."""
+    values = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    wrong = [value for value in values if value not in choices]
+    if wrong or not values:
+        raise InputError(f"{option}: got {', '.join(wrong) or 'nothing'}, expected {', '.join(choices)}")
+    return values
+
+
+def _require(extra: str, modules: Sequence[str]) -> None:
+    """Raise MissingExtra for the first module that is not installed; nothing is imported."""
+    from importlib.util import find_spec
+
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingExtra(module.replace("_", "-"), extra)
+
+
+# --- doctor -----------------------------------------------------------
+
+EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("onnx", ("onnxruntime",)),
+    ("gguf", ("llama-cpp-python",)),
+    ("coreml", ("coremltools",)),
+    ("report", ("jinja2", "matplotlib")),
+    ("distill", ("torch", "torchvision", "transformers", "accelerate", "easy-vqa", "num2words")),
+    ("export", ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "onnxscript", "optimum")),
+)
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm doctor
+
+    pocketvlm doctor bundles/student-onnx-int8
+"""
+)
+def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Also check this bundle: hashes and conformance vectors.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what is installed, what is missing and how to get it; check a bundle if one is given."""
+    facts = _installation()
+    if bundle is not None:
+        facts["bundle"] = {"path": str(bundle), **_conformance(bundle)}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_installation(facts)
+    if bundle is not None and facts["bundle"]["differences"]:
+        raise typer.Exit(2)
+
+
+def _installation() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from runtime.threads import default_threads
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    core = ("numpy", "pillow", "pydantic", "tokenizers", "typer", "rich")
+    extras = []
+    for extra, packages in EXTRAS:
+        versions = {package: installed(package) for package in packages}
+        extras.append(
+            {
+                "extra": extra,
+                "packages": versions,
+                "complete": None not in versions.values(),
+                "install": f"pip install 'pocketvlm[{extra}]'",
+            }
+        )
+    return {
+        "pocketvlm": _version(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "threads": default_threads(),
+        "core": {package: installed(package) for package in core},
+        "extras": extras,
+    }
+
+
+def _print_installation(facts: dict[str, Any]) -> None:
+    typer.echo(f"pocketvlm {facts['pocketvlm']}, Python {facts['python']}, {facts['system']}")
+    typer.echo(f"threads used by default: {facts['threads']}")
+    typer.echo("core: " + ", ".join(f"{name} {found or 'MISSING'}" for name, found in facts["core"].items()))
+    for extra in facts["extras"]:
+        have = ", ".join(f"{name} {found}" for name, found in extra["packages"].items() if found)
+        lack = ", ".join(name for name, found in extra["packages"].items() if not found)
+        state = "ok" if extra["complete"] else f"missing {lack}: {extra['install']}"
+        typer.echo(f"[{extra['extra']}] {state}" + (f" (have {have})" if have else ""))
+    for line in facts.get("bundle", {}).get("differences", ()):
+        typer.echo(f"bundle: {line}")
+    if "bundle" in facts and not facts["bundle"]["differences"]:
+        typer.echo(f"bundle: {facts['bundle']['path']} conforms")
+
+
+def _conformance(bundle: Path) -> dict[str, Any]:
+    import runtime
+    from runtime import conformance
+
+    with runtime.open_bundle(bundle) as session:
+        return {"name": session.manifest.name, "differences": conformance.check(session, bundle)}
+
+
+class _progress:
+    """A rich spinner on stderr whose text is the step; call it with each step's name."""
+
+    def __init__(self, verb: str) -> None:
+        from rich.console import Console
+
+        self._verb = verb
+        self._console = Console(stderr=True)
+        self._status = self._console.status(verb)
+
+    def __call__(self, step: str) -> None:
+        if self._console.is_terminal:
+            self._status.update(f"{self._verb}: {step}")
+        else:
+            self._console.print(f"{self._verb}: {step}", highlight=False, markup=False)
+
+    def __enter__(self) -> _progress:
+        self._status.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._status.__exit__(*error)
+
+
+if __name__ == "__main__":
+    main()
