@@ -1,0 +1,48 @@
+"""Manifest sections for the tiny checkpoint, written by hand so that they test the runtime, not the exporter."""
+
+from __future__ import annotations
+
+from runtime.manifest import (
+    ExifRotate,
+    Ids,
+    ImageSlot,
+    ImageSpec,
+    ImageTokens,
+    Normalise,
+    PromptSpec,
+    QuestionSlot,
+    ResizeExact,
+    ResizeLongestEdge,
+    TensorSpec,
+    ToRgb,
+)
+
+MEAN = 239.6999969482422  # float32(0.94) * 255 in float32
+DEVIATION = 63.75
+
+
+def image_spec(longest_edge: int = 64, side: int = 64) -> ImageSpec:
+    return ImageSpec(
+        operations=(
+            ExifRotate(),
+            ToRgb(file_alpha="drop", pixels_alpha="white"),
+            ResizeLongestEdge(longest_edge=longest_edge, cap=4096, filter="lanczos"),
+            ResizeExact(height=side, width=side, filter="lanczos"),
+            Normalise(subtract=(MEAN,) * 3, divide=(DEVIATION,) * 3),
+        ),
+        layout="NCHW",
+        pixels=TensorSpec(name="pixel_values", dtype="float32", shape=("num_images", 3, side, side)),
+        tokens=16,
+    )
+
+
+def prompt_spec(ids: dict[str, list[int]]) -> PromptSpec:
+    """`ids` holds the token ids of each piece of text (the test tokenises them with the real tokenizer)."""
+    return PromptSpec(
+        image=ImageTokens(before=tuple(ids["before"]), token=ids["image"][0], after=tuple(ids["after"])),
+        system=tuple(ids["system"]),
+        user=(Ids(ids=tuple(ids["user"])), ImageSlot(), QuestionSlot(), Ids(ids=tuple(ids["end"]))),
+        user_without_image=(QuestionSlot(before="User: "), Ids(ids=tuple(ids["end"]))),
+        assistant=tuple(ids["assistant"]),
+        refused_text=("<image>", "<video>"),
+    )
