@@ -44,6 +44,3 @@ class Family(Protocol):
 
     def prompt(self, checkpoint: Checkpoint) -> PromptSpec:
         """Prompt segments; `prompts.prove` holds them against the chat template."""
-
-    def image_features(self, checkpoint: Checkpoint, pixels: Any) -> Any:
-        """The checkpoint's own features of pixels (N, 3, H, W) -> (N, T, hidden): the gate's reference."""

@@ -28,8 +28,8 @@ from runtime.manifest import (
     ToRgb,
 )
 
-_FILTERS: tuple[Filter, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""Pillow's resampling numbers, in their order."""
+_FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""By Pillow's resampling numbers; the filters that the runtime reproduces to the byte."""
 
 _LONGEST_CAP = 4096  # MAX_IMAGE_SIZE in both image processors of transformers
 
@@ -93,6 +93,10 @@ class SmolVlm:
                     f"{path}: image_processor.{setting} is {getattr(image, setting, None)}, and only {wanted} "
                     f"can be exported; set it in processor_config.json if the model was trained so"
                 )
+        if int(image.resample) not in _FILTERS:
+            raise CheckpointError(
+                f"{path}: image_processor.resample is {image.resample}; known: {_FILTERS} (Pillow's numbers)"
+            )
         side, patch = _side(checkpoint), int(config.vision_config.patch_size)
         if side % (patch * int(config.scale_factor)):
             raise CheckpointError(
@@ -182,13 +186,6 @@ class SmolVlm:
             after=edge,
             refused=(processor.image_token, processor.video_token),
         )
-
-    def image_features(self, checkpoint: Checkpoint, pixels: Any) -> Any:
-        """The checkpoint's own path, with its mask: (N, 3, H, W) -> (N, T, hidden)."""
-        with torch.no_grad():
-            mask = torch.ones(1, len(pixels), *pixels.shape[2:], dtype=torch.long)
-            found = checkpoint.model.get_image_features(pixel_values=pixels[None], pixel_attention_mask=mask)
-        return torch.cat(list(found.pooler_output)).view(len(pixels), _tokens(checkpoint), -1)
 
 
 def _side(checkpoint: Checkpoint) -> int:

@@ -1,0 +1,282 @@
+"""The checkpoint itself as a session: the reference that bundles are compared with.
+
+In: a Hugging Face checkpoint directory. Out: `TorchSession`, with the methods of `runtime.session.Session`,
+on transformers and the checkpoint's own processor. Not here: comparing (`parity.py`), exporting.
+Uses only the general API of transformers, no family's names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.errors import CheckpointError, InputError, MissingExtra
+from runtime.generation import Detokenizer, FinishReason, GenerationOptions, Sampler
+from runtime.image import ImageInput, PreparedImage
+from runtime.session import Answer, GenerationStats
+
+Floats = NDArray[np.float32]
+TokenIds = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TorchImage(PreparedImage):
+    """A picture as the processor made it: `source` for the template, `inputs` for the model."""
+
+    source: Any = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+class TorchSession:
+    """Answers with transformers in float32 on the CPU. One sequence at a time, like a bundle's session."""
+
+    def __init__(self, checkpoint: Path | str, *, model: Any = None, processor: Any = None) -> None:
+        """Open a directory, or wrap an already loaded model and processor of it.
+
+        Raises CheckpointError when it cannot be loaded, MissingExtra without transformers.
+        """
+        start = time.perf_counter()
+        self.path = Path(checkpoint)
+        if model is None or processor is None:
+            model, processor = _load(self.path)
+        self.model, self.processor = model, processor
+        self.last_stats = GenerationStats()
+        self.last_answer: Answer | None = None
+        self._image_token = int(model.config.image_token_id)
+        self._cache: Any = None
+        self._length = 0
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self.load_ms = (time.perf_counter() - start) * 1e3
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer, from the generation configuration."""
+        stop = self.model.generation_config.eos_token_id
+        return tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (int(stop),)
+
+    # --- steps --------------------------------------------------------
+
+    def prepare(self, source: ImageInput) -> TorchImage:
+        """Pixels (N, 3, H, W) from the checkpoint's processor; a path or bytes count as a file."""
+        if isinstance(source, bytes):
+            source = self._as_file(source)
+        picture = source if isinstance(source, Image.Image) else str(source)
+        found = self._template("", [picture])
+        inputs = {k: v for k, v in found.items() if k not in ("input_ids", "attention_mask")}
+        pixels = found["pixel_values"].numpy()
+        tokens = int((found["input_ids"] == self._image_token).sum())
+        return TorchImage(pixels.reshape(-1, *pixels.shape[-3:]), tokens, picture, inputs)
+
+    def encode_image(self, prepared: PreparedImage) -> Floats:
+        """Features (image tokens, hidden) float32 by the model's own `get_image_features`."""
+        import torch
+
+        if not isinstance(prepared, TorchImage):
+            raise InputError("encode_image: takes what this session's prepare gave")
+        with torch.no_grad():
+            found = self.model.get_image_features(**prepared.inputs)
+        features = found.pooler_output if hasattr(found, "pooler_output") else found
+        if isinstance(features, (list, tuple)):
+            features = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in features])
+        return features.reshape(-1, features.shape[-1]).float().numpy()
+
+    def prompt_ids(self, question: str, images: Sequence[PreparedImage]) -> TokenIds:
+        """Ids (prompt,) from the chat template."""
+        sources = [each.source for each in images if isinstance(each, TorchImage)]
+        return self._template(question, sources)["input_ids"][0].numpy()
+
+    def prefill(self, ids: TokenIds, features: Floats | None) -> Floats:
+        """Start a sequence; logits (vocab,) of its last position."""
+        import torch
+
+        tensor = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
+        with torch.no_grad():
+            embeds = self.model.get_input_embeddings()(tensor)
+            if features is not None:
+                embeds[tensor == self._image_token] = torch.from_numpy(features).to(embeds.dtype)
+        self._cache, self._length = None, 0
+        return self._step(embeds)
+
+    def decode(self, token_id: int) -> Floats:
+        """Logits (vocab,) after one more token."""
+        import torch
+
+        if self._length == 0:
+            raise InputError("decode: no sequence is running; call prefill first")
+        with torch.no_grad():
+            return self._step(self.model.get_input_embeddings()(torch.tensor([[int(token_id)]])))
+
+    # --- answers ------------------------------------------------------
+
+    def stream(
+        self, source: ImageInput | None, question: str, options: GenerationOptions | None = None
+    ) -> Iterator[str]:
+        """Text pieces of the answer as they come; afterwards `last_stats` and `last_answer` are set."""
+        start = time.perf_counter()
+        stats = GenerationStats()
+        prepared = [self.prepare(source)] if source is not None else []
+        stats.prepare_ms = _ms_since(start)
+        ids = self.prompt_ids(question, prepared)
+        mark = time.perf_counter()
+        features = self.encode_image(prepared[0]) if prepared else None
+        stats.encode_ms = _ms_since(mark) if prepared else 0.0
+        yield from self._generate(ids, features, options or GenerationOptions(), stats, start)
+
+    def ask(
+        self, source: ImageInput | None, question: str, options: GenerationOptions | None = None
+    ) -> Answer:
+        """The whole answer to a question about a picture."""
+        for _ in self.stream(source, question, options):
+            pass
+        assert self.last_answer is not None
+        return self.last_answer
+
+    def complete(
+        self, ids: TokenIds, features: Floats | None, options: GenerationOptions | None = None
+    ) -> Answer:
+        """The answer to a prompt whose picture is encoded already."""
+        chosen = options or GenerationOptions()
+        for _ in self._generate(ids, features, chosen, GenerationStats(), time.perf_counter()):
+            pass
+        assert self.last_answer is not None
+        return self.last_answer
+
+    def generate(self, source: ImageInput | None, question: str, max_new_tokens: int) -> list[int]:
+        """Greedy new ids by transformers' own `generate` on the processor's inputs, a stop id included."""
+        import torch
+
+        inputs = self._template(question, [] if source is None else [self.prepare(source).source])
+        with torch.no_grad():
+            found = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return [int(i) for i in found[0, inputs["input_ids"].shape[1] :]]
+
+    def margin(self, source: ImageInput | None, question: str, tokens: Sequence[int]) -> float:
+        """Difference of the two largest logits after the prompt and `tokens`."""
+        prepared = [] if source is None else [self.prepare(source)]
+        features = self.encode_image(prepared[0]) if prepared else None
+        logits = self.prefill(self.prompt_ids(question, prepared), features)
+        for token in tokens:
+            logits = self.decode(token)
+        low, high = np.sort(logits)[-2:]
+        return float(high - low)
+
+    def close(self) -> None:
+        """Forget the running sequence and the pictures given as bytes."""
+        self._cache, self._length = None, 0
+        if self._files is not None:
+            self._files.cleanup()
+            self._files = None
+
+    def __enter__(self) -> TorchSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- inside -------------------------------------------------------
+
+    def _as_file(self, data: bytes) -> Path:
+        """Bytes are a file's content: the processor gets a path, kept as long as the session."""
+        if self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="pocketvlm-")
+        path = Path(self._files.name) / hashlib.sha256(data).hexdigest()
+        path.write_bytes(data)
+        return path
+
+    def _template(self, question: str, images: Sequence[Any]) -> Any:
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        turn = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        try:
+            return self.processor.apply_chat_template(
+                turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        except (ValueError, OSError, RuntimeError) as error:
+            raise InputError(f"the checkpoint's processor refuses it: {error}") from error
+
+    def _step(self, embeds: Any) -> Floats:
+        """Run further embeddings (1, S, hidden); logits (vocab,) of the last one."""
+        import torch
+
+        total = self._length + embeds.shape[1]
+        with torch.no_grad():
+            out = self.model(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(1, total, dtype=torch.long),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._cache, self._length = out.past_key_values, total
+        return out.logits[0, -1].float().numpy()
+
+    def _generate(
+        self,
+        ids: TokenIds,
+        features: Floats | None,
+        options: GenerationOptions,
+        stats: GenerationStats,
+        start: float,
+    ) -> Iterator[str]:
+        """The loop of a bundle's session over this model's steps."""
+        stats.prompt_tokens, stats.image_tokens = len(ids), 0 if features is None else len(features)
+        tokenizer = self.processor.tokenizer.backend_tokenizer
+        detokenizer, sampler, stop = Detokenizer(tokenizer), Sampler(options, ids), self.stop_ids
+        tokens: list[int] = []
+        text: list[str] = []
+        reason: FinishReason = "length"
+        mark = time.perf_counter()
+        logits = self.prefill(ids, features)
+        stats.prefill_ms = _ms_since(mark)
+        while True:
+            tokens.append(sampler.pick(logits))
+            stats.new_tokens = len(tokens)
+            if tokens[-1] in stop:
+                reason = "stop"
+                break
+            if piece := detokenizer.push(tokens[-1]):
+                stats.ttft_ms = stats.ttft_ms or _ms_since(start)
+                text.append(piece)
+                yield piece
+            if len(tokens) == options.max_new_tokens:
+                break
+            mark = time.perf_counter()
+            logits = self.decode(tokens[-1])
+            stats.decode_ms.append(_ms_since(mark))
+        stats.ttft_ms = stats.ttft_ms or _ms_since(start)
+        if piece := detokenizer.flush():
+            text.append(piece)
+            yield piece
+        self.last_stats = stats
+        self.last_answer = Answer("".join(text), tokens, reason, stats)
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    try:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+    except ImportError as error:
+        raise MissingExtra(error.name or "transformers", "export") from error
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: transformers cannot load it: {first}") from error
+    return model.eval().requires_grad_(False), processor
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3

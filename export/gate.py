@@ -1,0 +1,175 @@
+"""The gate: the written parts, run as a device runs them, must reproduce the checkpoint.
+
+In: a session over files just written, and the checkpoint's reference session. Out: measured figures, or a
+ParityError that says which figure broke which limit. Not here: the measuring (`evals/parity.py`), the
+proof about rounded weights (`audit.py`).
+
+Order: prompt ids, pixels, image features, teacher-forced logits over prefill and decode steps, greedy text.
+float32 is held against transformers. A rounded bundle cannot be: correct int4 may be far from float32. It is
+held against its float twin (same weights, float arithmetic), whose only difference is rounded activations,
+after `audit.py` has proved that the weights are the checkpoint's, rounded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from evals.parity import NEAR_TIE, ParityCase, ParityResult, Steps, compare, greedy_forced
+from evals.torch_session import TorchSession
+from export import prompts
+from export.checkpoint import Checkpoint
+from runtime.errors import ParityError, PocketError
+from runtime.generation import GenerationOptions
+from runtime.image import ImageInput
+from runtime.session import Session
+
+FORCED_STEPS = 8
+GREEDY_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A figure of `ParityResult` and the most it may be, with the reason for that number."""
+
+    figure: str
+    most: float
+    reason: str
+
+
+FP32_LIMITS = (
+    Limit("feature_max_diff", 1e-4, "float32 sums in another order: 1e-6 to 1e-5 seen, growing with depth"),
+    Limit("logit_rel_diff", 1e-4, "the same, through vision and text; 1.2e-4 absolute seen at 30 layers"),
+)
+
+ROUNDED_LIMITS = (
+    Limit("feature_rms_error", 0.25, "uint8 activations per tensor: 1-5 % seen, more with outlier channels"),
+    Limit("logit_rms_error", 0.25, "the same through both models; unrelated logits give about 1.4"),
+)
+
+
+def pictures() -> list[tuple[str, ImageInput]]:
+    """Pictures that exercise the preprocessing: large, tall, EXIF-rotated file, alpha as file and in memory."""
+    rotated = _drawn(96, 160, seed=3)
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    clear = _drawn(120, 90, seed=4).convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    return [
+        ("large", _drawn(1024, 768, seed=1)),
+        ("tall", _drawn(333, 777, seed=2)),
+        ("rotated-file", _png(rotated, exif=exif)),
+        ("alpha-file", _png(clear)),
+        ("alpha", clear),
+    ]
+
+
+def _drawn(width: int, height: int, seed: int) -> Image.Image:
+    """Smooth colours, blocks and noise: every resampling error shows."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / (7 + 5 * c) + seed) * np.cos(y / (11 + 3 * c)) for c in range(3)]
+    blocks = random.integers(0, 160, (height // 16 + 1, width // 16 + 1, 3)).repeat(16, 0).repeat(16, 1)
+    values = 48 * np.stack(waves, -1) + blocks[:height, :width] + random.integers(0, 48, (height, width, 3)) + 48
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def _png(picture: Image.Image, **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG", **options)
+    return out.getvalue()
+
+
+def make_cases(reference: TorchSession, samples: Sequence[ImageInput], *, text_only: bool) -> list[ParityCase]:
+    """Cases over our own pictures and the user's, each with forced tokens; the last may have no picture."""
+    found = [*pictures(), *((f"sample-{index}", sample) for index, sample in enumerate(samples))]
+    questions = [question for question in prompts.PROOF_QUESTIONS if question.strip()]
+    cases = [
+        ParityCase(name, questions[index % len(questions)], image) for index, (name, image) in enumerate(found)
+    ]
+    if text_only:
+        cases.append(ParityCase("no-picture", questions[0]))
+    vocab = int(reference.model.config.text_config.vocab_size)
+    image_token = int(reference.model.config.image_token_id)
+    random = np.random.default_rng(0)
+    done = []
+    for case in cases:
+        extra = [int(i) for i in random.integers(0, vocab, FORCED_STEPS) if i != image_token]
+        done.append(greedy_forced(reference, case, FORCED_STEPS, extra))
+    return done
+
+
+def check_float(
+    checkpoint: Checkpoint, reference: TorchSession, session: Session, cases: Sequence[ParityCase]
+) -> ParityResult:
+    """Hold a float32 bundle against the checkpoint. Raises ParityError."""
+    _check_prompts(checkpoint, session, cases)
+    result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
+    for case in cases:
+        _check_greedy(reference, session, case)
+    return result
+
+
+def check_rounded(twin: Session, session: Session, cases: Sequence[ParityCase]) -> ParityResult:
+    """Hold a rounded bundle against its float twin. Raises ParityError."""
+    return _measure(twin, session, cases, ROUNDED_LIMITS, "float twin")
+
+
+def _check_prompts(checkpoint: Checkpoint, session: Session, cases: Sequence[ParityCase]) -> None:
+    prepared = session.prepare(next(case.image for case in cases if case.image is not None))
+    numbers = (1, 0) if session.manifest.prompt.user_without_image is not None else (1,)
+    prompts.prove(
+        checkpoint, lambda question, number: session.prompt_ids(question, [prepared] * number).tolist(), numbers
+    )
+
+
+def _measure(
+    reference: Steps, session: Steps, cases: Sequence[ParityCase], limits: Sequence[Limit], against: str
+) -> ParityResult:
+    """Compare case by case, so that the message can name the case."""
+    for case in cases:
+        try:
+            result = compare(reference, session, [case])
+        except PocketError as error:
+            raise ParityError(f"gate: case {case.name!r}: {error}") from error
+        _judge(result, limits, against, case.name)
+    return compare(reference, session, cases)
+
+
+def _judge(result: ParityResult, limits: Sequence[Limit], against: str, case: str) -> None:
+    if not result.ids_equal:
+        raise ParityError(f"gate: case {case!r}: prompt ids differ from the {against}'s; wrong prompt segments")
+    if not result.pixels_equal:
+        raise ParityError(
+            f"gate: case {case!r}: pixels differ from the {against}'s by up to {result.pixel_max_diff:.3g}; "
+            "wrong image operations, so later figures would mean nothing"
+        )
+    figures = result.figures()
+    for limit in limits:
+        got = figures[limit.figure]
+        if not got <= limit.most:
+            raise ParityError(
+                f"gate: case {case!r}: {limit.figure} against the {against} is {got:.3g}, at most "
+                f"{limit.most:.3g} allowed ({limit.reason}); a part is wrong, no bundle was written"
+            )
+
+
+def _check_greedy(reference: TorchSession, session: Session, case: ParityCase) -> None:
+    """The bundle's text equals the checkpoint's, token by token; a tie within 1e-4 ends the comparison."""
+    options = GenerationOptions(max_new_tokens=GREEDY_TOKENS)
+    got = session.ask(case.image, case.question, options).token_ids
+    wanted = reference.generate(case.image, case.question, GREEDY_TOKENS)
+    if got == wanted:
+        return
+    place = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
+    if place is not None and reference.margin(case.image, case.question, wanted[:place]) < NEAR_TIE:
+        return
+    raise ParityError(
+        f"gate: case {case.name!r}: greedy tokens {got} differ from the checkpoint's {wanted}; "
+        "a part is wrong, no bundle was written"
+    )
