@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evals import formatting as fmt
-from evals.results import Bundle, Latency, MaskCurve, Method, Results, TrainingCurve
+from evals.results import Bundle, Latency, MaskCurve, Method, Model, Results, TrainingCurve
 from evals.svg import (
     ACCENT,
     GRID,
@@ -20,7 +20,6 @@ from evals.svg import (
     MUTED,
     SECOND,
     TEACHER,
-    THIRD,
     Chart,
     Layout,
     chart,
@@ -42,7 +41,7 @@ PANELS = (
 GRADIENTS = (
     ("grad_share_rl", "RL term", ACCENT),
     ("grad_share_divergence", "divergence", SECOND),
-    ("grad_share_reference_kl", "KL to start", THIRD),
+    ("grad_share_reference_kl", "KL to start", MUTED),
 )
 
 
@@ -52,10 +51,6 @@ def accuracy(results: Results) -> Chart | None:
     if not students:
         return None
     blocks = [[m for m in results.methods if m.student == s.name] for s in students]
-    titles = [
-        f"Student {s.name}: {fmt.parameters(s.parameters)} parameters, {fmt.times(s.ratio)} smaller"
-        for s in students
-    ]
     teacher = results.teacher.test.accuracy if results.teacher.test else None
     low = min(m.test.low for block in blocks for m in block)
     label = "Test accuracy: " + "; ".join(
@@ -65,9 +60,9 @@ def accuracy(results: Results) -> Chart | None:
     def draw(layout: Layout) -> Figure:
         heights = [38 * len(block) + (18 if layout.narrow else 0) for block in blocks]
         figure, rows = new_figure(layout, sum(heights) + 66 * len(blocks), len(blocks), 1, heights)
-        for i, (axes, block, title) in enumerate(zip(rows, blocks, titles, strict=True)):
+        for i, (axes, block, student) in enumerate(zip(rows, blocks, students, strict=True)):
             _accuracy_block(axes, block, layout)
-            axes.set_title(title)
+            axes.set_title(_student_title(student, layout))
             axes.set_xlim(100 * low - (100 - 100 * low) * 0.06, 100 + (100 - 100 * low) * 0.02)
             if teacher is not None:
                 axes.axvline(100 * teacher, color=TEACHER, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -190,6 +185,15 @@ def stages(chosen: Sequence[Bundle]) -> Chart | None:
         return figure
 
     return chart(draw, label)
+
+
+def _student_title(student: Model, layout: Layout) -> str:
+    facts = (
+        f"Student {student.name}",
+        fmt.parameters(student.parameters),
+        f"{fmt.times(student.ratio)} smaller",
+    )
+    return ", ".join(facts) if layout.narrow else f"{facts[0]}: {facts[1]} parameters, {facts[2]}"
 
 
 def _bundle_words(bundle: Bundle) -> str:
