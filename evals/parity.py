@@ -9,7 +9,7 @@ with the same tokens forced on both sides, over the prefill and every decode ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -99,12 +99,24 @@ def forced_logits(session: Steps, ids: Any, features: Floats | None, forced: Seq
     return np.stack(rows)
 
 
-def compare(reference: Steps, candidate: Steps, cases: Sequence[ParityCase]) -> ParityResult:
-    """Run every case on both sessions. Each side uses its own pixels, ids and features, as in use."""
+def compare(
+    reference: Steps,
+    candidate: Steps,
+    cases: Sequence[ParityCase],
+    judge: Callable[[ParityCase, ParityResult], None] | None = None,
+) -> ParityResult:
+    """Run every case on both sessions. Each side uses its own pixels, ids and features, as in use.
+
+    `judge` sees the result of each case alone as soon as it is there, and may raise.
+    """
     found = _Differences()
     for case in cases:
         sides = [_side(session, case) for session in (reference, candidate)]
         found.add(*sides)
+        if judge is not None:
+            alone = _Differences()
+            alone.add(*sides)
+            judge(case, alone.result())
     return found.result()
 
 

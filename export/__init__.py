@@ -1,1 +1,86 @@
-"""A Hugging Face checkpoint directory in, device bundles out."""
+"""A Hugging Face checkpoint directory in, device bundles out.
+
+from export import export_checkpoint
+export_checkpoint(Path("student"), Path("bundles/student-onnx-int8"), precision="int8")
+
+Importing this package loads no torch; the first export does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from runtime.image import ImageInput
+
+__all__ = ["FORMATS", "PRECISIONS", "export_all", "export_checkpoint"]
+
+FORMATS = ("onnx",)
+"""GGUF and Core ML join here."""
+
+PRECISIONS = ("fp32", "int8", "int4")
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    to: str = "onnx",
+    precision: str = "fp32",
+    name: str | None = None,
+    sample_images: Sequence[ImageInput] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write one bundle to `out` and return it; the parity gate has passed when this returns.
+
+    `sample_images` (paths, bytes or PIL images) join the gate's own pictures. `progress` gets one line at the
+    start of every step. Raises PocketError: CheckpointError, InputError, ParityError or StateError.
+    """
+    _check_names(to, [precision])
+    from export.onnx import export_onnx
+
+    found = export_onnx(
+        Path(checkpoint),
+        {precision: Path(out)},
+        names={precision: name or Path(out).name},
+        sample_images=sample_images,
+        progress=progress,
+    )
+    return found[0]
+
+
+def export_all(
+    checkpoint: Path,
+    out_dir: Path,
+    precisions: Sequence[str] = PRECISIONS,
+    *,
+    to: str = "onnx",
+    name: str | None = None,
+    sample_images: Sequence[ImageInput] = (),
+    progress: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Write `<out_dir>/<name>-<to>-<precision>` for every precision from one trace of the checkpoint.
+
+    `name` is the checkpoint directory's by default. Raises as `export_checkpoint` does; bundles finished
+    before the error stay.
+    """
+    _check_names(to, precisions)
+    from export.onnx import export_onnx
+
+    base = name or Path(checkpoint).resolve().name
+    names = {precision: f"{base}-{to}-{precision}" for precision in precisions}
+    targets = {precision: Path(out_dir) / names[precision] for precision in precisions}
+    return export_onnx(Path(checkpoint), targets, names=names, sample_images=sample_images, progress=progress)
+
+
+def _check_names(to: str, precisions: Sequence[str]) -> None:
+    if to not in FORMATS:
+        raise InputError(f"format {to!r} is not known; choose from {', '.join(FORMATS)}")
+    if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
+        raise InputError(f"precision {unknown[0]!r} is not known; choose from {', '.join(PRECISIONS)}")
+    if not precisions:
+        raise InputError(f"no precision given; choose from {', '.join(PRECISIONS)}")

@@ -28,7 +28,7 @@ _CLIPPED = 1.0 + 1e-3
 
 @dataclass(frozen=True)
 class Twin:
-    """`model`: float32 graph on the weights the quantized part stores. `steps`: grid step per rounded weight."""
+    """`model`: float32 graph on the stored weights. `steps`: by weight, its grid and steps allowed."""
 
     model: ir.Model
     steps: dict[str, tuple[np.ndarray, float]]
@@ -71,7 +71,9 @@ def _dynamic_to_float(graph: ir.Graph, node: ir.Node, steps: dict[str, tuple[np.
     if dynamic is None or last is None or weight is None or node.inputs[2] is not dynamic.outputs[2]:
         raise ParityError(f"{node.name}: unknown wiring around MatMulInteger; re-export")
     factor = next((p for value in last.inputs if (p := producer(value, "Mul")) is not None), None)
-    scale = None if factor is None else next((c for v in factor.inputs if (c := constant(v)) is not None), None)
+    scale = (
+        None if factor is None else next((c for v in factor.inputs if (c := constant(v)) is not None), None)
+    )
     if factor is None or scale is None or dynamic.outputs[1] not in factor.inputs:
         raise ParityError(f"{node.name}: MatMulInteger without the scales of its own input; re-export")
     shift = np.zeros(1) if zero is None else zero.astype(np.float32)
@@ -137,7 +139,9 @@ def same_but_rounded(original: ir.Model, twin: Twin, where: str) -> float:
     names = [[value.name for value in m.graph.outputs] for m in (original, twin.model)]
     inputs = [[value.name for value in m.graph.inputs] for m in (original, twin.model)]
     if names[0] != names[1] or inputs[0] != inputs[1]:
-        raise ParityError(f"{where}: inputs or outputs differ from the float32 part: {inputs[1]} -> {names[1]}")
+        raise ParityError(
+            f"{where}: inputs or outputs differ from the float32 part: {inputs[1]} -> {names[1]}"
+        )
     seen: set[tuple[int, int]] = set()
     worst = 0.0
     while pairs:
@@ -164,13 +168,16 @@ def same_but_rounded(original: ir.Model, twin: Twin, where: str) -> float:
 
 def _same_node(first: ir.Node, second: ir.Node, out: int | None, other_out: int | None, where: str) -> None:
     def shape(node: ir.Node) -> tuple[object, ...]:
-        attributes = {key: repr(value.value) for key, value in node.attributes.items() if value.value is not None}
+        attributes = {
+            key: repr(value.value) for key, value in node.attributes.items() if value.value is not None
+        }
         return node.domain, node.op_type, sorted(attributes.items())
 
     trimmed = [_trim(list(node.inputs)) for node in (first, second)]
     if shape(first) != shape(second) or out != other_out or len(trimmed[0]) != len(trimmed[1]):
         raise ParityError(
-            f"{where}: {second.op_type} {second.name} stands where the float32 part has {first.op_type} {first.name}"
+            f"{where}: {second.op_type} {second.name} stands where the float32 part has "
+            f"{first.op_type} {first.name}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Opens a Hugging Face checkpoint directory safely: safetensors only, no remote code, one clear line when not.
+"""Opens a Hugging Face checkpoint directory: safetensors only, no remote code, one clear line when not.
 
 In: a path. Out: a `Checkpoint` (model in float32 on the CPU, processor, task, hash). Not here: what a
 family looks like inside (`families/`).
@@ -58,7 +58,7 @@ class Checkpoint:
 def read_config(path: Path) -> dict[str, Any]:
     """The checkpoint's `config.json`, after everything that can be refused before torch is imported.
 
-    Raises CheckpointError: no directory, no configuration, remote code, weights absent, incomplete or pickled.
+    Raises CheckpointError: no directory or configuration, remote code, weights absent, partial or pickled.
     """
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
@@ -67,7 +67,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no config.json; expected a Hugging Face checkpoint directory") from None
+        raise CheckpointError(
+            f"{path}: no config.json; expected a Hugging Face checkpoint directory"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config_path}: cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -118,9 +120,10 @@ def load(path: Path) -> Checkpoint:
     logging.disable_progress_bar()
     try:
         common = {"local_files_only": True, "trust_remote_code": False}
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **common
         )
+        model, info = loaded
         processor = AutoProcessor.from_pretrained(path, **common)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error

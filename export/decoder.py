@@ -129,9 +129,9 @@ class _Trace:
         return out.view(batch, length, heads, width), None
 
 
-def _rms_norm(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Stands in for an RMSNorm's forward during the trace; (..., hidden) -> same."""
-    epsilon = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 1e-6)
+    epsilon: float = getattr(module, "variance_epsilon", None) or module.eps
     return torch.onnx.ops.symbolic(
         "SimplifiedLayerNormalization",
         (hidden, module.weight),
@@ -148,6 +148,8 @@ class _Decoder(nn.Module):
     def __init__(self, text: nn.Module, head: nn.Module, shape: DecoderShape, trace: _Trace) -> None:
         super().__init__()
         self.text, self.head, self._shape, self._trace = text, head, shape, trace
+        self.cos_cache: torch.Tensor
+        self.sin_cache: torch.Tensor
         if shape.folds_rope:
             cos, sin = _rope_tables(text, shape)
             self.register_buffer("cos_cache", cos)
@@ -160,7 +162,7 @@ class _Decoder(nn.Module):
         position_ids: torch.Tensor,
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """(B, S, hidden), (B, P + S), (B, S), 2 x layers of (B, KV, P, D) -> logits (B, S, vocab), presents."""
+        """(B, S, hidden), (B, P + S), (B, S), 2 x layers (B, KV, P, D) -> logits (B, S, vocab), presents."""
         trace = self._trace
         trace.past, trace.present = past, {}
         trace.last_index_b = (attention_mask.sum(1) - 1).to(torch.int32)
@@ -222,9 +224,7 @@ def trace_decoder(text: nn.Module, head: nn.Module, shape: DecoderShape) -> ir.M
     trace = _Trace()
     decoder = _Decoder(text, head, shape, trace).eval()
     batch, length, past = 2, 5, 7
-    cache = [
-        torch.zeros(batch, shape.kv_heads, past, shape.head_dim) for _ in range(2 * shape.layers)
-    ]
+    cache = [torch.zeros(batch, shape.kv_heads, past, shape.head_dim) for _ in range(2 * shape.layers)]
     example = (
         torch.zeros(batch, length, shape.hidden),
         torch.ones(batch, past + length, dtype=torch.long),
@@ -232,14 +232,23 @@ def trace_decoder(text: nn.Module, head: nn.Module, shape: DecoderShape) -> ir.M
         cache,
     )
     auto = torch.export.Dim.DYNAMIC
-    dynamic = ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, [{0: auto, 2: auto} for _ in cache])
+    dynamic = (
+        {0: auto, 1: auto},
+        {0: auto, 1: auto},
+        {0: auto, 1: auto},
+        [{0: auto, 2: auto} for _ in cache],
+    )
     inputs, outputs = io_names(shape.layers)
     with _traceable(text, trace, shape.folds_rope):
         return to_onnx(decoder, example, inputs, outputs, dynamic)
 
 
 def to_onnx(
-    module: nn.Module, example: tuple[Any, ...], inputs: list[str], outputs: list[str], dynamic: tuple[Any, ...]
+    module: nn.Module,
+    example: tuple[Any, ...],
+    inputs: list[str],
+    outputs: list[str],
+    dynamic: tuple[Any, ...],
 ) -> ir.Model:
     """`torch.onnx.export` at our opset and IR floor, without its chatter."""
     noisy = logging.getLogger("torch.onnx")

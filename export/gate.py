@@ -12,21 +12,27 @@ after `audit.py` has proved that the weights are the checkpoint's, rounded.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from PIL import Image
 
 from evals.parity import NEAR_TIE, ParityCase, ParityResult, Steps, compare, greedy_forced
 from evals.torch_session import TorchSession
-from export import prompts
+from export import audit, prompts
 from export.checkpoint import Checkpoint
 from runtime.errors import ParityError, PocketError
 from runtime.generation import GenerationOptions
 from runtime.image import ImageInput
+from runtime.manifest import Manifest, Parity
 from runtime.session import Session
 
 FORCED_STEPS = 8
@@ -54,7 +60,7 @@ ROUNDED_LIMITS = (
 
 
 def pictures() -> list[tuple[str, ImageInput]]:
-    """Pictures that exercise the preprocessing: large, tall, EXIF-rotated file, alpha as file and in memory."""
+    """Pictures that exercise the preprocessing: large, tall, EXIF-rotated, alpha as file and in memory."""
     rotated = _drawn(96, 160, seed=3)
     exif = rotated.getexif()
     exif[0x0112] = 6
@@ -75,7 +81,9 @@ def _drawn(width: int, height: int, seed: int) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (7 + 5 * c) + seed) * np.cos(y / (11 + 3 * c)) for c in range(3)]
     blocks = random.integers(0, 160, (height // 16 + 1, width // 16 + 1, 3)).repeat(16, 0).repeat(16, 1)
-    values = 48 * np.stack(waves, -1) + blocks[:height, :width] + random.integers(0, 48, (height, width, 3)) + 48
+    values = (
+        48 * np.stack(waves, -1) + blocks[:height, :width] + random.integers(0, 48, (height, width, 3)) + 48
+    )
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
@@ -85,12 +93,15 @@ def _png(picture: Image.Image, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def make_cases(reference: TorchSession, samples: Sequence[ImageInput], *, text_only: bool) -> list[ParityCase]:
+def make_cases(
+    reference: TorchSession, samples: Sequence[ImageInput], *, text_only: bool
+) -> list[ParityCase]:
     """Cases over our own pictures and the user's, each with forced tokens; the last may have no picture."""
     found = [*pictures(), *((f"sample-{index}", sample) for index, sample in enumerate(samples))]
     questions = [question for question in prompts.PROOF_QUESTIONS if question.strip()]
     cases = [
-        ParityCase(name, questions[index % len(questions)], image) for index, (name, image) in enumerate(found)
+        ParityCase(name, questions[index % len(questions)], image)
+        for index, (name, image) in enumerate(found)
     ]
     if text_only:
         cases.append(ParityCase("no-picture", questions[0]))
@@ -106,44 +117,93 @@ def make_cases(reference: TorchSession, samples: Sequence[ImageInput], *, text_o
 
 def check_float(
     checkpoint: Checkpoint, reference: TorchSession, session: Session, cases: Sequence[ParityCase]
-) -> ParityResult:
+) -> Parity:
     """Hold a float32 bundle against the checkpoint. Raises ParityError."""
     _check_prompts(checkpoint, session, cases)
     result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
     for case in cases:
         _check_greedy(reference, session, case)
-    return result
+    limits = {limit.figure: limit.most for limit in FP32_LIMITS}
+    return Parity(reference=_name(), cases=result.cases, figures=result.figures(), limits=limits)
 
 
-def check_rounded(twin: Session, session: Session, cases: Sequence[ParityCase]) -> ParityResult:
-    """Hold a rounded bundle against its float twin. Raises ParityError."""
-    return _measure(twin, session, cases, ROUNDED_LIMITS, "float twin")
+def check_quantized(
+    originals: Mapping[str, ir.Model],
+    staged: Path,
+    draft: Manifest,
+    reference: TorchSession,
+    cases: Sequence[ParityCase],
+    scratch: Path,
+) -> Parity:
+    """Audit the written parts against the float graphs, then run them against their float twins.
+
+    The figures without prefix compare with the checkpoint: they are reported, not limited, because what
+    rounding costs is for the accuracy evaluation to judge. Raises ParityError.
+    """
+    twins = {}
+    figures = {}
+    for role in originals:
+        part = draft.part(role)
+        twin = audit.float_twin(ir.load(staged / part.path))
+        figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(originals[role], twin, part.path)
+        twins[role] = twin.model
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        for role, model in twins.items():
+            path = Path(folder) / draft.part(role).path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ir.save(model, path)
+        shutil.copyfile(staged / draft.tokenizer.file.path, Path(folder) / draft.tokenizer.file.path)
+        with (
+            Session.from_manifest(Path(folder), draft, threads=1) as twin_session,
+            Session.from_manifest(staged, draft, threads=1) as session,
+        ):
+            against_twin = _measure(twin_session, session, cases, ROUNDED_LIMITS, "float twin")
+            result = compare(reference, session, cases)
+    twin_figures = {f"twin_{key}": value for key, value in against_twin.figures().items()}
+    limits = {f"twin_{limit.figure}": limit.most for limit in ROUNDED_LIMITS}
+    return Parity(
+        reference=f"{_name()}; twin: the same rounded weights in float32",
+        cases=result.cases,
+        figures={**result.figures(), **twin_figures, **figures},
+        limits=limits,
+    )
+
+
+def _name() -> str:
+    return f"transformers {importlib.metadata.version('transformers')}, float32, teacher-forced"
 
 
 def _check_prompts(checkpoint: Checkpoint, session: Session, cases: Sequence[ParityCase]) -> None:
     prepared = session.prepare(next(case.image for case in cases if case.image is not None))
     numbers = (1, 0) if session.manifest.prompt.user_without_image is not None else (1,)
     prompts.prove(
-        checkpoint, lambda question, number: session.prompt_ids(question, [prepared] * number).tolist(), numbers
+        checkpoint,
+        lambda question, number: session.prompt_ids(question, [prepared] * number).tolist(),
+        numbers,
     )
 
 
 def _measure(
     reference: Steps, session: Steps, cases: Sequence[ParityCase], limits: Sequence[Limit], against: str
 ) -> ParityResult:
-    """Compare case by case, so that the message can name the case."""
-    for case in cases:
-        try:
-            result = compare(reference, session, [case])
-        except PocketError as error:
-            raise ParityError(f"gate: case {case.name!r}: {error}") from error
+    """Compare, judging case by case, so that the message can name the case."""
+
+    def judge(case: ParityCase, result: ParityResult) -> None:
         _judge(result, limits, against, case.name)
-    return compare(reference, session, cases)
+
+    try:
+        return compare(reference, session, cases, judge)
+    except ParityError:
+        raise
+    except PocketError as error:
+        raise ParityError(f"gate: the parts do not run as a chain: {error}") from error
 
 
 def _judge(result: ParityResult, limits: Sequence[Limit], against: str, case: str) -> None:
     if not result.ids_equal:
-        raise ParityError(f"gate: case {case!r}: prompt ids differ from the {against}'s; wrong prompt segments")
+        raise ParityError(
+            f"gate: case {case!r}: prompt ids differ from the {against}'s; wrong prompt segments"
+        )
     if not result.pixels_equal:
         raise ParityError(
             f"gate: case {case!r}: pixels differ from the {against}'s by up to {result.pixel_max_diff:.3g}; "

@@ -38,8 +38,12 @@ def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     ids = torch.zeros(2, 3, dtype=torch.long)
     auto = torch.export.Dim.DYNAMIC
     models = {
-        "vision_encoder": to_onnx(modules.vision, (pixels,), ["pixel_values"], ["image_features"], ({0: auto},)),
-        "embed_tokens": to_onnx(modules.embed, (ids,), ["input_ids"], ["inputs_embeds"], ({0: auto, 1: auto},)),
+        "vision_encoder": to_onnx(
+            modules.vision, (pixels,), ["pixel_values"], ["image_features"], ({0: auto},)
+        ),
+        "embed_tokens": to_onnx(
+            modules.embed, (ids,), ["input_ids"], ["inputs_embeds"], ({0: auto, 1: auto},)
+        ),
         "decoder": trace_decoder(modules.text, modules.head, shape),
     }
     passes.run(models["vision_encoder"], (passes.name_weights,))
@@ -47,5 +51,5 @@ def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     for model in models.values():
         passes.name_dimensions(model, _DIMENSIONS)
         passes.strip(model)
-    # through the wire format: attributes then have the precision that a file keeps, and nothing holds on to torch
+    # through the wire format: attributes get the precision that a file keeps, and nothing holds on to torch
     return {role: ir.from_proto(ir.to_proto(model)) for role, model in models.items()}

@@ -7,6 +7,7 @@ Each pass returns how many places it changed, so that a test can tell "fused" fr
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterable
 
@@ -26,6 +27,13 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def weight_of(node: ir.Node) -> np.ndarray:
+    """The constant second input of a MatMul or Add."""
+    array = constant(node.inputs[1])
+    assert array is not None
+    return array
+
+
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node that computes `value`, if it is an `op_type`."""
     node = value.producer() if value is not None else None
@@ -35,16 +43,21 @@ def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register `array` as a weight called `name`."""
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 
 
-def _node(op_type: str, inputs: list[ir.Value | None], name: str, like: ir.Value, **kwargs: object) -> ir.Node:
+def _node(
+    op_type: str, inputs: list[ir.Value | None], name: str, like: ir.Value, **kwargs: object
+) -> ir.Node:
     node = ir.node(op_type, inputs, name=name, **kwargs)  # type: ignore[arg-type]
     for index, output in enumerate(node.outputs):
         output.name = f"{name}.out" if index == 0 else f"{name}.out{index}"
-        output.dtype = like.dtype
+        if like.dtype is not None:
+            output.dtype = like.dtype
     return node
 
 
@@ -79,13 +92,12 @@ def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
 def name_dimensions(model: ir.Model, names: dict[str, list[str | None]]) -> int:
     """Give graph inputs and outputs the symbolic dimension names of the layout; None keeps a dimension.
 
-    A key that ends in `*` is a prefix.
+    Keys are patterns as in fnmatch.
     """
     changed = 0
     for value in [*model.graph.inputs, *model.graph.outputs]:
         for pattern, dims in names.items():
-            matches = value.name.startswith(pattern[:-1]) if pattern.endswith("*") else value.name == pattern
-            if matches and value.shape is not None:
+            if fnmatch.fnmatchcase(str(value.name), pattern) and value.shape is not None:
                 old = list(value.shape)
                 value.shape = ir.Shape([new if new is not None else old[i] for i, new in enumerate(dims)])
                 changed += 1
@@ -174,12 +186,14 @@ def pack_qkv(model: ir.Model) -> int:
             continue
         first = parts[0][0]
         name = (first.name or f"attention.{packed}.q_proj").replace("q_proj", "qkv_proj")
-        weight = np.concatenate([constant(m.inputs[1]) for m, _ in parts], axis=1)
+        weight = np.concatenate([weight_of(m) for m, _ in parts], axis=1)
         like = node.inputs[0]
         assert like is not None
-        matmul = _node("MatMul", [first.inputs[0], add_initializer(graph, f"{name}.weight", weight)], name, like)
+        matmul = _node(
+            "MatMul", [first.inputs[0], add_initializer(graph, f"{name}.weight", weight)], name, like
+        )
         new, out = [matmul], matmul.outputs[0]
-        biases = [constant(bias.inputs[1]) for _, bias in parts if bias is not None]
+        biases = [weight_of(bias) for _, bias in parts if bias is not None]
         if biases:
             bias_value = add_initializer(graph, f"{name}.bias", np.concatenate(biases))
             new.append(_node("Add", [out, bias_value], f"{name}.add", like))
@@ -201,9 +215,9 @@ def pack_gate_up(model: ir.Model) -> int:
         up = _gated_partner(node, gate) if gate is not None else None
         if gate is None or up is None:
             continue
-        weights = [constant(gate.inputs[1]), constant(up.inputs[1])]
-        if weights[0] is None or weights[1] is None or up.inputs[0] is not gate.inputs[0]:
+        if any(constant(each.inputs[1]) is None for each in (gate, up)) or up.inputs[0] is not gate.inputs[0]:
             continue
+        weights = [weight_of(gate), weight_of(up)]
         name = (gate.name or f"mlp.{packed}.gate_proj").replace("gate_proj", "gate_up_proj")
         weight = add_initializer(graph, f"{name}.weight", np.concatenate(weights, axis=1))
         sizes = add_initializer(graph, f"{name}.sizes", np.array([w.shape[1] for w in weights], np.int64))

@@ -61,7 +61,9 @@ def segments(
     """
     system, user, assistant = _rendered_parts(checkpoint, with_image=True)
     if user.count(placeholder) != 1:
-        raise CheckpointError(f"{checkpoint.path}: the chat template writes no single {placeholder} for a picture")
+        raise CheckpointError(
+            f"{checkpoint.path}: the chat template writes no single {placeholder} for a picture"
+        )
     head, tail = user.split(placeholder)
     if _MARK in head:
         raise CheckpointError(f"{checkpoint.path}: the chat template puts the question before the picture")
@@ -93,7 +95,9 @@ def _rendered_parts(checkpoint: Checkpoint, *, with_image: bool) -> tuple[str, s
     reply = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
     first, full = render(turn, False), render(turn, True)
     if not full.startswith(first) or first.count(_MARK) != 1:
-        raise CheckpointError(f"{checkpoint.path}: the chat template changes the question or the turn before an answer")
+        raise CheckpointError(
+            f"{checkpoint.path}: the chat template changes the question or the turn before an answer"
+        )
     again = render([*turn, reply, *turn], False).removeprefix(render([*turn, reply], False))
     opening = first.removesuffix(again) if again and first.endswith(again) else ""
     return opening, first.removeprefix(opening), full.removeprefix(first)
@@ -132,7 +136,9 @@ def _single(checkpoint: Checkpoint, token: str) -> int:
     return ids[0]
 
 
-def prove(checkpoint: Checkpoint, assembled: Callable[[str, int], Sequence[int]], pictures: Sequence[int]) -> int:
+def prove(
+    checkpoint: Checkpoint, assembled: Callable[[str, int], Sequence[int]], pictures: Sequence[int]
+) -> int:
     """Compare `assembled(question, pictures)` with the chat template; returns the number of comparisons.
 
     Raises ParityError with the first differing place.
@@ -144,9 +150,12 @@ def prove(checkpoint: Checkpoint, assembled: Callable[[str, int], Sequence[int]]
             wanted = template_ids(checkpoint, question, images)
             got = [int(i) for i in assembled(question, number)]
             if got != wanted:
-                place = next((i for i, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)))
+                place = next(
+                    (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b),
+                    min(len(got), len(wanted)),
+                )
                 raise ParityError(
-                    f"prompt of {question!r} with {number} picture(s): {len(got)} ids instead of {len(wanted)}, "
+                    f"prompt of {question!r} with {number} picture(s): {len(got)} ids, not {len(wanted)}, "
                     f"first difference at {place}; the chat template cannot be cut into fixed segments"
                 )
             count += 1

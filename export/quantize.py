@@ -58,8 +58,8 @@ POLICIES: dict[str, tuple[Rule, ...]] = {
     ),
 }
 
-SUFFIXES = {"fp32": "", "int8": "_int8", "int4": "_q4"}
-"""File suffixes of the onnx-community layout, for every part of a bundle."""
+_SUFFIXES = {4: "_q4", 8: "_int8"}
+"""File suffixes of the onnx-community layout, by the fewest bits in the part."""
 
 
 def policy(precision: str) -> tuple[Rule, ...]:
@@ -124,7 +124,9 @@ def _rows_to_int8(model: ir.Model, names: Iterable[str]) -> ir.Model:
         scales = add_initializer(graph, f"{table.name}.scale", scale.astype(np.float32))
         axis = {"axis": 0}
         rows = ir.node("Gather", [quantized, indices], attributes=axis, name=f"{node.name}.rows")
-        cast = ir.node("Cast", [rows.outputs[0]], attributes={"to": ir.DataType.FLOAT}, name=f"{node.name}.cast")
+        cast = ir.node(
+            "Cast", [rows.outputs[0]], attributes={"to": ir.DataType.FLOAT}, name=f"{node.name}.cast"
+        )
         factor = ir.node("Gather", [scales, indices], attributes=axis, name=f"{node.name}.scale")
         product = ir.node("Mul", [cast.outputs[0], factor.outputs[0]], name=f"{node.name}.product")
         graph.insert_before(node, [rows, cast, factor, product])
@@ -216,6 +218,11 @@ def weight_bits(model: ir.Model) -> tuple[WeightBits, ...]:
         WeightBits(bits=bits, parameters=number, scheme=scheme)
         for (bits, scheme), number in sorted(counts.items())
     )
+
+
+def suffix(model: ir.Model) -> str:
+    """`_q4`, `_int8` or nothing: what the part really holds, so an int4 bundle's vision is `_int8`."""
+    return _SUFFIXES.get(min((entry.bits for entry in weight_bits(model)), default=32), "")
 
 
 def _storage(value: ir.Value) -> tuple[int, str]:

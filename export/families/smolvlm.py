@@ -90,8 +90,8 @@ class SmolVlm:
         for setting, wanted in _REQUIRED.items():
             if bool(getattr(image, setting, None)) is not wanted:
                 raise CheckpointError(
-                    f"{path}: image_processor.{setting} is {getattr(image, setting, None)}, and only {wanted} "
-                    f"can be exported; set it in processor_config.json if the model was trained so"
+                    f"{path}: image_processor.{setting} is {getattr(image, setting, None)}, only {wanted} can "
+                    "be exported; set it in processor_config.json if the model was trained so"
                 )
         if int(image.resample) not in _FILTERS:
             raise CheckpointError(
@@ -111,7 +111,9 @@ class SmolVlm:
             )
         text = config.text_config
         if text.model_type != "llama":
-            raise CheckpointError(f"{path}: text_config.model_type {text.model_type!r}; only llama is known here")
+            raise CheckpointError(
+                f"{path}: text_config.model_type {text.model_type!r}; only llama is known here"
+            )
         rope = str((text.rope_parameters or {}).get("rope_type", "default"))
         if rope not in _STATIC_ROPE:
             raise CheckpointError(f"{path}: rope_type {rope!r} depends on the length; known: {_STATIC_ROPE}")
@@ -165,7 +167,9 @@ class SmolVlm:
                 ExifRotate(),
                 # files are read with convert("RGB"), which drops alpha; a picture in memory goes over white
                 ToRgb(file_alpha="drop", pixels_alpha="white"),
-                ResizeLongestEdge(longest_edge=int(processor.size["longest_edge"]), cap=_LONGEST_CAP, filter=name),
+                ResizeLongestEdge(
+                    longest_edge=int(processor.size["longest_edge"]), cap=_LONGEST_CAP, filter=name
+                ),
                 ResizeExact(height=side, width=side, filter=name),
                 Normalise(subtract=subtract, divide=divide),
             ),
@@ -175,7 +179,7 @@ class SmolVlm:
         )
 
     def prompt(self, checkpoint: Checkpoint) -> PromptSpec:
-        """`<fake_token_around_image><global-img><image> x N<fake_token_around_image>` inside the chat template."""
+        """A picture is `<fake_token_around_image><global-img>`, N `<image>`, `<fake_token_around_image>`."""
         processor = checkpoint.processor
         edge = processor.fake_image_token
         return prompts.segments(

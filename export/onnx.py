@@ -1,0 +1,275 @@
+"""Writes ONNX bundles: parts, tokenizer, conformance vectors, and last the manifest, after the gate.
+
+In: a checkpoint directory and precisions. Out: bundle directories. Not here: tracing (`graphs.py`), rounding
+(`quantize.py`), the checks (`gate.py`, `audit.py`).
+
+A bundle is built in a temporary directory beside its target and renamed when everything holds; a failed or
+killed export leaves the target as it was. The graphs are traced once for all precisions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from evals.parity import ParityCase
+from evals.torch_session import TorchSession
+from export import gate, target
+from export.checkpoint import Checkpoint, load
+from export.decoder import IR_VERSION
+from export.families import Family, family_of
+from export.graphs import ROLES, trace_all
+from export.quantize import policy, quantize, suffix, weight_bits
+from runtime import bundle, conformance, files
+from runtime.errors import CheckpointError
+from runtime.image import ImageInput
+from runtime.manifest import (
+    CausalAttention,
+    FileRef,
+    ImageSpec,
+    Limits,
+    Manifest,
+    Normalise,
+    OnnxFacts,
+    Parity,
+    Part,
+    Positions1d,
+    PromptSpec,
+    ReplaceTokens,
+    Source,
+    StateTensor,
+    TensorSpec,
+    TokenizerSpec,
+    operations_of,
+)
+from runtime.session import Session
+
+Progress = Callable[[str], None]
+"""Called with one line at the start of every step."""
+
+_FILES = {
+    "vision_encoder": "vision_encoder",
+    "embed_tokens": "embed_tokens",
+    "decoder": "decoder_model_merged",
+}
+_COPIED = ("config.json", "generation_config.json")
+_TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "optimum")
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64", "INT32": "int32"}
+
+_LOGIT_SPREAD = {"fp32": 1e-4, "int8": 0.05, "int4": 0.05}
+"""Conformance tolerance over the largest logit: order of summation; integer kernels differ by processor."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What every precision of one checkpoint shares."""
+
+    checkpoint: Checkpoint
+    family: Family
+    image: ImageSpec
+    prompt: PromptSpec
+    graphs: Mapping[str, ir.Model]
+    reference: TorchSession
+    cases: Sequence[ParityCase]
+    say: Progress
+
+
+def export_onnx(
+    checkpoint: Path,
+    targets: Mapping[str, Path],
+    *,
+    names: Mapping[str, str],
+    sample_images: Sequence[ImageInput] = (),
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate."""
+    for precision, path in targets.items():
+        policy(precision)
+        target.check(path)
+    say = progress or (lambda _: None)
+    say("reading the checkpoint")
+    facts = _prepare(load(checkpoint), sample_images, say)
+    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
+        if "fp32" not in targets:
+            # the rounded parts are judged by the float graphs, so these pass the gate in any case
+            plain = Path(scratch) / "fp32"
+            _write_files(facts, plain, facts.graphs)
+            _check_float(facts, plain, _manifest(facts, plain, "fp32", "fp32"))
+        order = sorted(targets, key=lambda precision: precision != "fp32")
+        for precision in order:
+            with target.staging(targets[precision]) as staged:
+                _build(facts, staged, precision, names[precision], Path(scratch))
+    return list(targets.values())
+
+
+def _prepare(checkpoint: Checkpoint, samples: Sequence[ImageInput], say: Progress) -> _Facts:
+    family = family_of(checkpoint)
+    image, prompt = family.image(checkpoint), family.prompt(checkpoint)
+    say("tracing the parts")
+    graphs = trace_all(checkpoint, family)
+    say("reference answers")
+    reference = TorchSession(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
+    cases = gate.make_cases(reference, samples, text_only=prompt.user_without_image is not None)
+    return _Facts(checkpoint, family, image, prompt, graphs, reference, cases, say)
+
+
+def _build(facts: _Facts, staged: Path, precision: str, name: str, scratch: Path) -> None:
+    """Fill `staged` with a whole bundle; the manifest is the last file."""
+    rules = policy(precision)
+    facts.say(f"{precision}: writing parts")
+    graphs = {role: quantize(facts.graphs[role], role, rules) for role in ROLES}
+    _write_files(facts, staged, graphs)
+    draft = _manifest(facts, staged, precision, name)
+    facts.say(f"{precision}: parity gate")
+    if precision == "fp32":
+        parity = _check_float(facts, staged, draft)
+    else:
+        parity = gate.check_quantized(facts.graphs, staged, draft, facts.reference, facts.cases, scratch)
+    facts.say(f"{precision}: conformance vectors")
+    vectors = _write_conformance(facts, staged, draft, precision)
+    bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
+    bundle.read(staged)
+
+
+def _check_float(facts: _Facts, staged: Path, draft: Manifest) -> Parity:
+    with Session.from_manifest(staged, draft, threads=1) as session:
+        return gate.check_float(facts.checkpoint, facts.reference, session, facts.cases)
+
+
+# --- files ------------------------------------------------------------
+
+
+def _write_files(facts: _Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> None:
+    """Parts in the onnx-community layout, and what transformers.js reads beside them."""
+    (staged / "onnx").mkdir(parents=True)
+    for role, model in graphs.items():
+        ir.save(model, staged / _part_path(role, model))
+    facts.checkpoint.processor.save_pretrained(staged)
+    files.write_json(
+        staged / "preprocessor_config.json", facts.checkpoint.processor.image_processor.to_dict()
+    )
+    for name in _COPIED:
+        source = facts.checkpoint.path / name
+        if source.is_file():
+            shutil.copyfile(source, staged / name)
+
+
+def _part_path(role: str, model: ir.Model) -> str:
+    return f"onnx/{_FILES[role]}{suffix(model)}.onnx"
+
+
+def _write_conformance(facts: _Facts, staged: Path, draft: Manifest, precision: str) -> FileRef:
+    """Two pictures: a file to be turned upright and one with transparency."""
+    wanted = [(case.name, case) for case in facts.cases if isinstance(case.image, bytes)][:2]
+    normalise = next(op for op in facts.image.operations if isinstance(op, Normalise))
+    with Session.from_manifest(staged, draft, threads=1) as session:
+        vectors = [conformance.record(session, name, _bytes(case), case.question) for name, case in wanted]
+    peak = max(float(abs(vector.logits).max()) for vector in vectors)
+    return conformance.write(
+        staged,
+        vectors,
+        pixels_tolerance=1.01
+        / min(normalise.divide),  # one step of a byte, where sin() differs in the filter
+        logit_tolerance=peak * _LOGIT_SPREAD[precision],
+    )
+
+
+def _bytes(case: ParityCase) -> bytes:
+    assert isinstance(case.image, bytes)
+    return case.image
+
+
+# --- manifest ---------------------------------------------------------
+
+
+def _manifest(facts: _Facts, staged: Path, precision: str, name: str) -> Manifest:
+    """The manifest of the files in `staged`, with parity and conformance still to come."""
+    image, prompt = facts.image, facts.prompt
+    merge = ReplaceTokens(token=prompt.image.token)
+    positions, attention = Positions1d(), CausalAttention()
+    shape = facts.family.decoder_shape(facts.checkpoint)
+    parts = tuple(_part(staged, role) for role in ROLES)
+    return Manifest(
+        name=name,
+        format="onnx",
+        precision=precision,
+        requires=operations_of(*image.operations, merge, positions, attention),
+        image=image,
+        prompt=prompt,
+        merge=merge,
+        positions=positions,
+        attention=attention,
+        state=_state(parts[-1]),
+        limits=Limits(context=shape.max_positions, image_tokens=image.tokens, images=1),
+        tokenizer=TokenizerSpec(
+            type="tokenizers-json", file=bundle.file_ref(staged, "tokenizer.json"), stop_ids=_stop_ids(facts)
+        ),
+        parts=parts,
+        source=Source(
+            name=facts.checkpoint.path.resolve().name,
+            sha256=facts.checkpoint.sha256,
+            parameters=facts.checkpoint.parameters,
+        ),
+        tool_versions={tool: importlib.metadata.version(tool) for tool in _TOOLS},
+        parity=Parity(reference="not measured yet", cases=1, figures={}, limits={}),
+        conformance=FileRef(path=conformance.CASES_PATH, sha256="0" * 64, bytes=0),
+    )
+
+
+def _stop_ids(facts: _Facts) -> tuple[int, ...]:
+    if not facts.reference.stop_ids:
+        raise CheckpointError(
+            f"{facts.checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end"
+        )
+    return facts.reference.stop_ids
+
+
+def _part(staged: Path, role: str) -> Part:
+    """Facts read back from the written file, not from what was meant to be written."""
+    found = sorted((staged / "onnx").glob(f"{_FILES[role]}*.onnx"))
+    model = ir.load(found[0])
+    if model.ir_version is None or model.ir_version > IR_VERSION:
+        raise CheckpointError(f"{found[0]}: IR version {model.ir_version}, at most {IR_VERSION} expected")
+    sha256, size = bundle.digest(found[0])
+    return Part(
+        role=role,  # type: ignore[arg-type]
+        path=found[0].relative_to(staged).as_posix(),
+        sha256=sha256,
+        bytes=size,
+        inputs=tuple(map(_tensor, model.graph.inputs)),
+        outputs=tuple(map(_tensor, model.graph.outputs)),
+        bits=weight_bits(model),
+        onnx=OnnxFacts(
+            ir_version=model.ir_version, opsets={k or "ai.onnx": v for k, v in model.opset_imports.items()}
+        ),
+    )
+
+
+def _tensor(value: ir.Value) -> TensorSpec:
+    assert value.dtype is not None and value.shape is not None
+    dims = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+    return TensorSpec(name=str(value.name), dtype=_DTYPES[value.dtype.name], shape=tuple(dims))  # type: ignore[arg-type]
+
+
+def _state(decoder: Part) -> tuple[StateTensor, ...]:
+    """One entry per cache tensor; inputs and outputs pair by layer and kind."""
+    return tuple(
+        StateTensor(
+            input=spec.name,
+            output=spec.name.replace("past_key_values.", "present."),
+            kind="kv",
+            dtype=spec.dtype,
+            shape=spec.shape,
+            sequence_axis=2,
+            rewindable=True,
+            padding_side="right",
+        )
+        for spec in decoder.inputs
+        if spec.name.startswith("past_key_values.")
+    )
