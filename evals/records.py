@@ -8,7 +8,7 @@ Shares are 0..1, never percent. Units are in the names. A field that is None was
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -102,7 +102,7 @@ class Latency(Record):
 
     peak_rss_mib: VmHWM of the measuring process, largest of the rounds; base_rss_mib: what Python and its
     libraries took before the bundle was opened. ttft_ms is measured whole, never summed. Every repeat
-    decodes exactly `decode_tokens` tokens, stop tokens ignored.
+    decodes exactly `decode_tokens` tokens, stop tokens ignored. Tokens a second are at the median time.
     """
 
     threads: Annotated[int, Field(ge=1)]
@@ -140,18 +140,30 @@ class LatencyRatio(Record):
 
 
 class Parity(Record):
-    """Bundle against checkpoint, teacher-forced. KL in nats per token; differences in the tensors' units."""
+    """Bundle against checkpoint, teacher-forced, as the export gate measured it.
 
-    tokens: Count
+    KL in nats per position; logit differences in logits; feature difference over the picture's largest
+    feature. Build one from a manifest with `Parity.of`.
+    """
+
+    positions: Count
     kl_mean: Amount
     kl_median: Amount
     kl_p99: Amount
-    max_logit_diff: Amount
+    logit_max_diff: Amount
     top1_agreement: Share
     feature_max_diff: Amount | None = None
     pixel_max_diff: Amount | None = None
     ids_equal: bool = True
+    near_ties: Count = 0
     passed: bool
+
+    @classmethod
+    def of(cls, figures: Mapping[str, float], limits: Mapping[str, float]) -> Parity:
+        """From a manifest's `parity.figures` and `parity.limits`; a figure without a field here is dropped."""
+        known = {name: figures[name] for name in cls.model_fields if name in figures}
+        passed = all(figures[name] <= limit for name, limit in limits.items())
+        return cls.model_validate({**known, "passed": passed})
 
 
 class Flip(Record):

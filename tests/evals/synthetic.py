@@ -278,11 +278,11 @@ def _bundle(i: int) -> Bundle:
             Part(name=part, bits=(32, 8, 4)[i], bytes=size // 3) for part in ("vision", "embed", "decoder")
         ],
         parity=Parity(
-            tokens=640,
+            positions=640,
             kl_mean=10.0 ** (i * 2 - 9),
             kl_median=10.0 ** (i * 2 - 10),
             kl_p99=10.0 ** (i * 2 - 8),
-            max_logit_diff=10.0 ** (i - 4),
+            logit_max_diff=10.0 ** (i - 4),
             top1_agreement=1.0 - 0.004 * i,
             feature_max_diff=1e-5,
             pixel_max_diff=0.0,
