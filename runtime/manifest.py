@@ -205,7 +205,8 @@ class CausalAttention(Contract):
 class StateTensor(Contract):
     """One tensor that the decoder hands from step to step; an empty one (sequence 0) starts a sequence.
 
-    `kind` gets `conv` with the first family that has such a state.
+    `in_place`: input and output may be one buffer that is longer than the sequence, whose length only the
+    attention mask tells. `kind` gets `conv` with the first family that has such a state.
     """
 
     input: str
@@ -215,6 +216,7 @@ class StateTensor(Contract):
     shape: tuple[int | str, ...]
     sequence_axis: int = Field(ge=0)
     rewindable: bool
+    in_place: bool = False
     padding_side: Literal["left", "right"]
 
 

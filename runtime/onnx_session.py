@@ -32,6 +32,7 @@ ORT_TYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+GROWTH = 256  # tokens of room beyond the prompt; a full buffer doubles
 STEP_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep")
 
 
@@ -46,9 +47,8 @@ class OnnxBackend:
         self._embed = _open_part(ort, directory, manifest.part("embed_tokens"), options)
         self._decoder = _open_part(ort, directory, manifest.part("decoder"), options)
         self._step_inputs = _step_inputs(manifest)
-        self._outputs = ["logits", *(state.output for state in manifest.state)]
-        self._ort = ort
-        self._state: dict[str, Any] = {}
+        in_place = all(state.in_place for state in manifest.state)
+        self._state = (InPlaceState if in_place else HandedState)(ort, self._decoder, manifest.state)
         self._length = 0
 
     def encode_image(self, pixels: NDArray[Any]) -> Floats:
@@ -60,7 +60,7 @@ class OnnxBackend:
     def prefill(self, ids: TokenIds, features: Floats | None) -> Floats:
         """Start a sequence; logits (vocab,) of the last of ids (prompt,)."""
         self._length = 0
-        self._state = {state.input: self._empty(state) for state in self._manifest.state}
+        self._state.start(len(ids))
         embeds = self._embeddings(ids)
         if features is not None:
             embeds[0, ids == self._manifest.merge.token] = features
@@ -72,37 +72,96 @@ class OnnxBackend:
 
     def close(self) -> None:
         """Free the models and the state."""
-        del self._vision, self._embed, self._decoder
-        self._state = {}
+        del self._vision, self._embed, self._decoder, self._state
 
     def _embeddings(self, ids: TokenIds) -> NDArray[Any]:
         """Embeddings (1, S, hidden) of ids (S,)."""
         part = self._manifest.part("embed_tokens")
         return self._embed.run([part.outputs[0].name], {part.inputs[0].name: ids[None]})[0]
 
-    def _empty(self, state: StateTensor) -> Any:
-        shape = [
-            0 if axis == state.sequence_axis else size if isinstance(size, int) else 1
-            for axis, size in enumerate(state.shape)
-        ]
-        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=state.dtype))
-
     def _step(self, embeds: NDArray[Any]) -> Floats:
         """Run the decoder on further embeddings (1, S, hidden); logits (vocab,) of the last one."""
-        new = embeds.shape[1]
-        total = self._length + new
+        total = self._length + embeds.shape[1]
         step = {
             "inputs_embeds": embeds,
             "attention_mask": np.ones((1, total), dtype=np.int64),
             "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
             "num_logits_to_keep": np.array(1, dtype=np.int64),
         }
-        feeds = {name: self._ort.OrtValue.ortvalue_from_numpy(step[name]) for name in self._step_inputs}
-        outputs = self._decoder.run_with_ort_values(self._outputs, {**feeds, **self._state})
-        for state, value in zip(self._manifest.state, outputs[1:], strict=True):
-            self._state[state.input] = value
+        logits = self._state.run({name: step[name] for name in self._step_inputs}, total)
         self._length = total
-        return outputs[0].numpy()[0, -1].astype(np.float32, copy=False)
+        return logits[0, -1].astype(np.float32)  # a copy: the next step may reuse the buffer
+
+
+class HandedState:
+    """The state as the layout has it: each step's output is the next step's input."""
+
+    def __init__(self, ort: Any, decoder: Any, states: Sequence[StateTensor]) -> None:
+        self._ort, self._decoder, self._states = ort, decoder, states
+        self._values: dict[str, Any] = {}
+
+    def start(self, _: int) -> None:
+        """Empty state for a new sequence."""
+        empty = {state.input: np.zeros(_shape(state, 0), dtype=state.dtype) for state in self._states}
+        self._values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
+
+    def run(self, step: dict[str, NDArray[Any]], _: int) -> NDArray[Any]:
+        """Logits (1, kept, vocab) of one step."""
+        feeds = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in step.items()}
+        names = ["logits", *(state.output for state in self._states)]
+        outputs = self._decoder.run_with_ort_values(names, {**feeds, **self._values})
+        for state, value in zip(self._states, outputs[1:], strict=True):
+            self._values[state.input] = value
+        return outputs[0].numpy()
+
+
+class InPlaceState:
+    """The state in one buffer per tensor, extended where it lies: no step copies the past."""
+
+    def __init__(self, ort: Any, decoder: Any, states: Sequence[StateTensor]) -> None:
+        self._ort, self._decoder, self._states = ort, decoder, states
+        self._buffers: list[NDArray[Any]] = []
+        self._binding: Any = None
+        self._capacity = 0
+
+    def start(self, prompt_tokens: int) -> None:
+        """Buffers for a new sequence; those of the last one are kept when they are long enough."""
+        if self._capacity < prompt_tokens + 1:
+            self._buffers = []
+            self._allocate(prompt_tokens + GROWTH)
+
+    def run(self, step: dict[str, NDArray[Any]], total: int) -> NDArray[Any]:
+        """Logits (1, kept, vocab) of one step, after which the sequence has `total` tokens."""
+        if total > self._capacity:
+            self._allocate(2 * self._capacity)
+        self._binding.bind_output("logits", "cpu")
+        for name, array in step.items():
+            self._binding.bind_cpu_input(name, array)
+        self._decoder.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()[0].numpy()
+
+    def _allocate(self, capacity: int) -> None:
+        """Buffers of `capacity` tokens that begin with what the old ones hold."""
+        old, self._buffers = self._buffers, []
+        self._binding = self._decoder.io_binding()
+        self._binding.bind_output("logits", "cpu")  # first, so that it is the first output
+        for i, state in enumerate(self._states):
+            buffer = np.zeros(_shape(state, capacity), dtype=state.dtype)
+            if old:
+                filled = (slice(None),) * state.sequence_axis + (slice(self._capacity),)
+                buffer[filled] = old[i]
+            value = self._ort.OrtValue.ortvalue_from_numpy(buffer)  # shares the buffer's memory
+            self._binding.bind_ortvalue_input(state.input, value)
+            self._binding.bind_ortvalue_output(state.output, value)
+            self._buffers.append(buffer)
+        self._capacity = capacity
+
+
+def _shape(state: StateTensor, length: int) -> list[int]:
+    """The state's shape for batch 1 and a sequence of `length`."""
+    sizes = [size if isinstance(size, int) else 1 for size in state.shape]
+    sizes[state.sequence_axis] = length
+    return sizes
 
 
 def _import_onnxruntime() -> Any:

@@ -1,4 +1,4 @@
-"""Manifest sections for the tiny checkpoint, written by hand so that they test the runtime, not the exporter."""
+"""Manifest sections for the tiny checkpoint by hand: they test the runtime, not the exporter."""
 
 from __future__ import annotations
 

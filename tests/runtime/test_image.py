@@ -1,6 +1,6 @@
 """Pixels are those of the checkpoint's own AutoProcessor, bit for bit, for any shape, mode and orientation.
 
-No tolerance is needed: both sides do the same integer resampling and the same float32 subtraction and division.
+No tolerance is needed: both sides do the same integer resampling, then the same two float32 operations.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def test_shapes(processor: Any, width: int, height: int) -> None:
 def test_longest_edge_before_the_square(processor: Any, longest_edge: int, side: int) -> None:
     source = picture(333, 777)
     expected = processor(
-        source, size={"longest_edge": longest_edge}, max_image_size={"longest_edge": side}, return_tensors="np"
+        source,
+        size={"longest_edge": longest_edge},
+        max_image_size={"longest_edge": side},
+        return_tensors="np",
     )["pixel_values"][0]
     assert np.array_equal(pixels(source, longest_edge, side), expected)
 
@@ -107,7 +110,9 @@ def test_exif(processor: Any, tmp_path: Path, orientation: int, suffix: str) -> 
     assert turned == (orientation != 1)
 
 
-@pytest.mark.parametrize("options", [{"quality": 70, "subsampling": 2}, {"progressive": True}, {"mode": "CMYK"}])
+@pytest.mark.parametrize(
+    "options", [{"quality": 70, "subsampling": 2}, {"progressive": True}, {"mode": "CMYK"}]
+)
 def test_jpeg_kinds(processor: Any, tmp_path: Path, options: dict[str, Any]) -> None:
     path = tmp_path / "photo.jpg"
     picture(89, 67).convert(options.pop("mode", "RGB")).save(path, **options)

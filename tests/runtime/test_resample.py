@@ -27,7 +27,14 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize(
     ("height", "width", "to_height", "to_width"),
-    [(96, 128, 64, 64), (777, 333, 64, 28), (40, 5000, 2, 64), (1, 1, 64, 64), (3, 2, 64, 44), (1000, 700, 512, 512)],
+    [
+        (96, 128, 64, 64),
+        (777, 333, 64, 28),
+        (40, 5000, 2, 64),
+        (1, 1, 64, 64),
+        (3, 2, 64, 44),
+        (1000, 700, 512, 512),
+    ],
 )
 def test_equals_torchvision(height: int, width: int, to_height: int, to_width: int, name: str) -> None:
     pixels = noise(height, width)
