@@ -160,7 +160,7 @@ class Parity(Record):
 
     @classmethod
     def of(cls, figures: Mapping[str, float], limits: Mapping[str, float]) -> Parity:
-        """From a manifest's `parity.figures` and `parity.limits`; a figure without a field here is dropped."""
+        """From a manifest's `parity.figures` and `parity.limits`; figures without a field are dropped."""
         known = {name: figures[name] for name in cls.model_fields if name in figures}
         passed = all(figures[name] <= limit for name, limit in limits.items())
         return cls.model_validate({**known, "passed": passed})

@@ -59,7 +59,9 @@ def test_mcnemar_of_many_pairs_is_the_normal_limit_and_does_not_overflow() -> No
 def test_flips_count_every_pair_once(pairs: list[tuple[bool, bool]]) -> None:
     found = stats.flips([a for a, _ in pairs], [b for _, b in pairs])
     both_wrong = sum(not a and not b for a, b in pairs)
-    assert found.both_right + found.right_to_wrong + found.wrong_to_right + both_wrong == found.n == len(pairs)
+    assert (
+        found.both_right + found.right_to_wrong + found.wrong_to_right + both_wrong == found.n == len(pairs)
+    )
     accuracy = [sum(one) / len(pairs) if pairs else 0.0 for one in zip(*pairs, strict=True)] or [0.0, 0.0]
     assert found.difference == pytest.approx(accuracy[1] - accuracy[0])
 
