@@ -217,7 +217,7 @@ def _stage_words(name: str, timing: Latency) -> str:
 
 def _accuracy_block(axes: Axes, block: Sequence[Method], layout: Layout) -> None:
     for row, method in enumerate(block):
-        colour, score = METHOD_COLOURS[method.method], method.test
+        colour, score = METHOD_COLOURS.get(method.method, INK), method.test
         axes.plot([100 * score.low, 100 * score.high], [row, row], color=colour, linewidth=2.6)
         axes.plot(100 * score.accuracy, row, "o", color=colour, markersize=8, clip_on=False)
         axes.annotate(

@@ -158,9 +158,10 @@ class TrainingCurve(Record):
 
 
 class PoolPart(Record):
-    """Responses of one source: the masked teacher at `ratio`, or the student (ratio None)."""
+    """Responses of one source: the masked teacher at `ratio`, or the student named `student` (ratio None)."""
 
     source: Literal["teacher", "student"]
+    student: str = ""
     ratio: Share | None
     questions: Count
     responses: Count

@@ -245,7 +245,12 @@ def _pool() -> Pool:
                 source="teacher", ratio=0.0, distinct_per_question=1.02, score=Score.of(23990, 24000), **part
             ),
             PoolPart(
-                source="student", ratio=None, distinct_per_question=1.94, score=Score.of(18300, 24000), **part
+                source="student",
+                student="S",
+                ratio=None,
+                distinct_per_question=1.94,
+                score=Score.of(18300, 24000),
+                **part,
             ),
         ],
     )

@@ -10,7 +10,7 @@ import pytest
 
 from evals import results as contract
 from evals.report import render, write_report
-from evals.results import Data, Model, Results
+from evals.results import Data, Model, Results, Score, TrainingCurve
 from runtime.errors import MissingExtra
 from tests.evals import synthetic
 
@@ -184,6 +184,27 @@ def test_bundles_without_figures_are_shown_with_dashes() -> None:
     bundles = [bundle.model_copy(update=bare) for bundle in results.bundles]
     found = Page(render(results.model_copy(update={"bundles": bundles, "examples": []})))
     assert "student-int4" in found.text and "Where the time goes" not in found.text
+
+
+def test_the_shortest_curves_and_extreme_scores_are_drawn() -> None:
+    results = synthetic.results()
+    point = results.mask_curve.points[0] if results.mask_curve else None
+    assert results.mask_curve is not None and point is not None
+    perfect = {"test": Score.of(10, 10)}
+    extreme = results.model_copy(
+        update={
+            "mask_curve": results.mask_curve.model_copy(update={"points": [point], "r_max": 0.3}),
+            "training": [
+                TrainingCurve(student="S", method="kd", steps=[1], loss=[0.0], divergence_nats=[None]),
+                TrainingCurve(student="XS", method="sft", steps=[1, 2], loss=[None, None]),
+            ],
+            "methods": [m.model_copy(update=perfect) for m in results.methods],
+            "bundles": [b.model_copy(update=perfect) for b in results.bundles[:1]],
+            "ledger": [row.model_copy(update={"seconds": 0.0}) for row in results.ledger],
+        }
+    )
+    found = Page(render(extreme))
+    assert "r_max = 0.3" in found.text and "100.0 %" in found.text and "nan" not in found.text.lower().split()
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
