@@ -1,0 +1,227 @@
+"""The command line as a user has it: in a process of its own, with its exit codes and its two streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+from PIL import Image
+
+import pocketvlm
+
+ROOT = Path(pocketvlm.__file__).parent
+QUESTION = "what color is the circle?"
+
+
+def call(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pocketvlm", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refusal(*arguments: str | Path, **options: Any) -> str:
+    """The one line on stderr, but for progress, of a call that ends with code 2."""
+    done = call(*arguments, code=2, **options)
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("export: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("pocketvlm: ")
+    return lines[0]
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.radial_gradient("L").convert("RGB").save(path)
+    return path
+
+
+def test_run_streams_the_answer_and_times_it(tiny_bundle: Path, photo: Path, session: Any) -> None:
+    done = call("run", tiny_bundle, "--image", photo, QUESTION, "--max-new-tokens", "8")
+    expected = session.ask(photo, QUESTION, pocketvlm._generation_options(max_new_tokens=8))
+    assert done.stdout == expected.text + "\n"
+    assert re.search(
+        r"^load \d+ ms \| image [\d.]+ ms \(prepare [\d.]+, encode [\d.]+\) "
+        r"\| TTFT [\d.]+ ms \| [\d.]+ tok/s",
+        done.stderr,
+        re.MULTILINE,
+    )
+
+
+def test_run_as_json(tiny_bundle: Path, photo: Path, session: Any) -> None:
+    done = call(
+        "run", tiny_bundle, "--image", photo, QUESTION, "--json", "--max-new-tokens", "4", "--threads", "1"
+    )
+    found = json.loads(done.stdout)
+    expected = session.ask(photo, QUESTION, pocketvlm._generation_options(max_new_tokens=4))
+    assert (found["text"], found["token_ids"]) == (expected.text, expected.token_ids)
+    assert found["new_tokens"] == len(found["decode_ms"]) + 1
+    assert found["ttft_ms"] > 0
+
+
+def test_run_loads_no_torch(tiny_bundle: Path, photo: Path) -> None:
+    """The modules that would be wrong on a device are made impossible to import."""
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'matplotlib'): sys.modules[name] = None\n"
+        f"sys.argv = ['pocketvlm', 'run', {str(tiny_bundle)!r}, '--image', {str(photo)!r}, 'what?']\n"
+        "import pocketvlm; pocketvlm.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--top-p", "0"], "--top-p: got 0.0"),
+        (["--repetition-penalty", "-1"], "--repetition-penalty: got -1.0"),
+        (["--image", "absent.png"], "absent.png: cannot be read (No such file or directory)"),
+        (["--image", "pyproject.toml"], "pyproject.toml: is not an image that can be read"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_bundle: Path, extra: list[str], words: str) -> None:
+    assert words in refusal("run", tiny_bundle, QUESTION, *extra)
+
+
+def test_a_changed_byte_is_one_line(bundle_copy: Path, photo: Path) -> None:
+    part = bundle_copy / "onnx" / "decoder_model_merged.onnx"
+    part.write_bytes(part.read_bytes()[:-1] + b"\xff")
+    assert re.search(
+        r"tiny/onnx/decoder_model_merged\.onnx: sha256 \w{8}\.\., manifest says \w{8}\.\.; re-export",
+        refusal("run", bundle_copy, "--image", photo, QUESTION),
+    )
+
+
+def test_no_image_where_one_is_needed(bundle_copy: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["prompt"]["user_without_image"] = None
+    path.write_text(json.dumps(raw))
+    assert "add an image" in refusal("run", bundle_copy, QUESTION)
+
+
+def test_no_bundle_is_one_line(tmp_path: Path) -> None:
+    assert "no manifest.json" in refusal("run", tmp_path, QUESTION)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["fly"], ["run", "a", "b", "--top-k", "-1"], ["run", "a", "b", "--colour"]]
+)
+def test_wrong_usage_is_code_2(arguments: list[str]) -> None:
+    call(*arguments, code=2)
+
+
+def test_a_missing_extra_names_the_command(tmp_path: Path, tiny_bundle: Path, photo: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('not here')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    line = refusal("run", tiny_bundle, "--image", photo, QUESTION, env=environment)
+    assert "onnxruntime is not installed; run: pip install 'pocketvlm[onnx]'" in line
+
+
+def open_writer(pipe: Path) -> int | None:
+    """The writing end of a named pipe, once somebody reads it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path: Path, tiny_bundle: Path) -> None:
+    """A named pipe that nobody writes to holds the verb at a known place while the signal comes."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "pocketvlm", "run", str(tiny_bundle), "--image", str(pipe), QUESTION]
+    with subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        deadline = time.monotonic() + 60
+        while (writer := open_writer(pipe)) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert writer is not None
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+        os.close(writer)
+    assert (child.returncode, errors) == (130, "pocketvlm: interrupted\n")
+
+
+def test_export_makes_a_bundle_and_prints_its_path(
+    tiny_checkpoint: Path, tmp_path: Path, photo: Path
+) -> None:
+    done = call(
+        "export", tiny_checkpoint, "--out", tmp_path / "out", "--precision", "int8", "--name", "small"
+    )
+    path = Path(done.stdout.strip())
+    assert path == tmp_path / "out" / "small-onnx-int8"
+    assert "parity gate" in done.stderr
+    assert call("run", path, "--image", photo, QUESTION).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--precision", "int3"], "int3"),
+        (["--precision", ","], "--precision: got nothing"),
+        (["--to", "tflite"], "tflite"),
+        ([], "absent"),
+    ],
+)
+def test_bad_exports_are_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert words in refusal("export", tmp_path / "absent", "--out", tmp_path / "out", *arguments)
+
+
+def test_doctor() -> None:
+    found = json.loads(call("doctor", "--json").stdout)
+    assert found["threads"] >= 1
+    onnx = next(extra for extra in found["extras"] if extra["extra"] == "onnx")
+    assert onnx["complete"] is True
+    assert "pip install 'pocketvlm[" in call("doctor").stdout
+
+
+def test_doctor_knows_the_extras_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, packages in pocketvlm.EXTRAS:
+        declared = {re.split(r"[<>=]", requirement)[0] for requirement in project[extra]}
+        assert set(packages) <= declared, extra
+    assert {extra for extra, _ in pocketvlm.EXTRAS} == set(project) - {"all", "dev"}
+
+
+def test_doctor_checks_a_bundle(bundle_copy: Path) -> None:
+    assert f"bundle: {bundle_copy} conforms" in call("doctor", bundle_copy).stdout
+    (bundle_copy / "tokenizer.json").write_text("{}")
+    assert "sha256" in refusal("doctor", bundle_copy)
+
+
+def test_help_has_examples_and_loads_nothing_heavy() -> None:
+    script = (
+        "import sys, pocketvlm\n"
+        "try: pocketvlm.app(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'PIL', 'tokenizers', 'torch', 'transformers', 'onnxruntime'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "HEAVY []" in done.stdout
+    for verb in ("run", "export", "doctor"):
+        assert f"pocketvlm {verb} " in call(verb, "--help").stdout
