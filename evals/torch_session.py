@@ -7,9 +7,12 @@ Uses only the general API of transformers, no family's names.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,9 +199,10 @@ class TorchSession:
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         turn = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         try:
-            return self.processor.apply_chat_template(
-                turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
+            with _quiet():
+                return self.processor.apply_chat_template(
+                    turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                )
         except (ValueError, OSError, RuntimeError) as error:
             raise InputError(f"the checkpoint's processor refuses it: {error}") from error
 
@@ -272,10 +276,24 @@ def _load(path: Path) -> tuple[Any, Any]:
             path, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise CheckpointError(f"{path}: transformers cannot load it: {first}") from error
     return model.eval().requires_grad_(False), processor
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of transformers and torchvision on who will decode files in the future."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _ms_since(start: float) -> float:

@@ -125,7 +125,7 @@ def load(path: Path) -> Checkpoint:
         )
         model, info = loaded
         processor = AutoProcessor.from_pretrained(path, **common)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
         raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
     finally:
         if bars:

@@ -116,13 +116,19 @@ def make_cases(
 
 
 def check_float(
-    checkpoint: Checkpoint, reference: TorchSession, session: Session, cases: Sequence[ParityCase]
+    checkpoint: Checkpoint,
+    staged: Path,
+    draft: Manifest,
+    reference: TorchSession,
+    cases: Sequence[ParityCase],
 ) -> Parity:
-    """Hold a float32 bundle against the checkpoint. Raises ParityError."""
-    _check_prompts(checkpoint, session, cases)
-    result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
-    for case in cases:
-        _check_greedy(reference, session, case)
+    """Hold the float32 parts in `staged` against the checkpoint. Raises ParityError (or BundleError)."""
+    _check_embedding_rows(checkpoint, staged, draft)
+    with Session.from_manifest(staged, draft, threads=1) as session:
+        _check_prompts(checkpoint, session, cases)
+        result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
+        for case in cases:
+            _check_greedy(reference, session, case)
     limits = {limit.figure: limit.most for limit in FP32_LIMITS}
     return Parity(reference=_name(), cases=result.cases, figures=result.figures(), limits=limits)
 
@@ -144,7 +150,7 @@ def check_quantized(
     figures = {}
     for role in originals:
         part = draft.part(role)
-        twin = audit.float_twin(ir.load(staged / part.path))
+        twin = audit.float_twin(_read_part(staged, part.path))
         figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(originals[role], twin, part.path)
         twins[role] = twin.model
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -169,8 +175,32 @@ def check_quantized(
     )
 
 
+def _read_part(staged: Path, path: str) -> ir.Model:
+    try:
+        return ir.load(staged / path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ParityError(
+            f"gate: {path}: cannot be read back ({type(error).__name__}); export again"
+        ) from error
+
+
 def _name() -> str:
     return f"transformers {importlib.metadata.version('transformers')}, float32, teacher-forced"
+
+
+def _check_embedding_rows(checkpoint: Checkpoint, staged: Path, draft: Manifest) -> None:
+    """Every row of the table, exactly: the cases use only a few ids, so the chain cannot see the others."""
+    import onnxruntime
+
+    part = draft.part("embed_tokens")
+    table = checkpoint.model.get_input_embeddings().weight.numpy()
+    run = onnxruntime.InferenceSession(staged / part.path, providers=["CPUExecutionProvider"]).run
+    for start in range(0, len(table), 8192):
+        ids = np.arange(start, min(start + 8192, len(table)), dtype=np.int64)
+        rows = run([part.outputs[0].name], {part.inputs[0].name: ids[None]})[0][0]
+        if not np.array_equal(rows, table[ids]):
+            wrong = int(ids[(rows != table[ids]).any(axis=1)][0])
+            raise ParityError(f"gate: {part.path}: the embedding of id {wrong} is not the checkpoint's")
 
 
 def _check_prompts(checkpoint: Checkpoint, session: Session, cases: Sequence[ParityCase]) -> None:

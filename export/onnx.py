@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from evals.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import gate, target
+from export import gate, prompts, target
 from export.checkpoint import Checkpoint, load
 from export.decoder import IR_VERSION
 from export.families import Family, family_of
@@ -48,6 +48,7 @@ from runtime.manifest import (
     TokenizerSpec,
     operations_of,
 )
+from runtime.prompt import render
 from runtime.session import Session
 
 Progress = Callable[[str], None]
@@ -67,7 +68,7 @@ _LOGIT_SPREAD = {"fp32": 1e-4, "int8": 0.05, "int4": 0.05}
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What every precision of one checkpoint shares."""
 
     checkpoint: Checkpoint
@@ -94,38 +95,45 @@ def export_onnx(
         target.check(path)
     say = progress or (lambda _: None)
     say("reading the checkpoint")
-    facts = _prepare(load(checkpoint), sample_images, say)
+    facts = prepare(load(checkpoint), sample_images, say)
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
         if "fp32" not in targets:
             # the rounded parts are judged by the float graphs, so these pass the gate in any case
             plain = Path(scratch) / "fp32"
-            _write_files(facts, plain, facts.graphs)
-            _check_float(facts, plain, _manifest(facts, plain, "fp32", "fp32"))
+            write_files(facts, plain, facts.graphs)
+            _check_float(facts, plain, draft_manifest(facts, plain, "fp32", "fp32"))
         order = sorted(targets, key=lambda precision: precision != "fp32")
         for precision in order:
             with target.staging(targets[precision]) as staged:
-                _build(facts, staged, precision, names[precision], Path(scratch))
+                build(facts, staged, precision, names[precision], Path(scratch))
     return list(targets.values())
 
 
-def _prepare(checkpoint: Checkpoint, samples: Sequence[ImageInput], say: Progress) -> _Facts:
+def prepare(checkpoint: Checkpoint, samples: Sequence[ImageInput], say: Progress) -> Facts:
+    """Trace the float32 graphs and collect the reference's forced tokens."""
     family = family_of(checkpoint)
     image, prompt = family.image(checkpoint), family.prompt(checkpoint)
+    tokenizer = checkpoint.tokenizer.backend_tokenizer
+    prompts.prove(  # before the costly steps; the gate repeats it on the written tokenizer
+        checkpoint,
+        lambda question, number: render(prompt, tokenizer, question, [image.tokens] * number).tolist(),
+        (1, 0) if prompt.user_without_image is not None else (1,),
+    )
     say("tracing the parts")
     graphs = trace_all(checkpoint, family)
     say("reference answers")
     reference = TorchSession(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
     cases = gate.make_cases(reference, samples, text_only=prompt.user_without_image is not None)
-    return _Facts(checkpoint, family, image, prompt, graphs, reference, cases, say)
+    return Facts(checkpoint, family, image, prompt, graphs, reference, cases, say)
 
 
-def _build(facts: _Facts, staged: Path, precision: str, name: str, scratch: Path) -> None:
+def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) -> None:
     """Fill `staged` with a whole bundle; the manifest is the last file."""
     rules = policy(precision)
     facts.say(f"{precision}: writing parts")
     graphs = {role: quantize(facts.graphs[role], role, rules) for role in ROLES}
-    _write_files(facts, staged, graphs)
-    draft = _manifest(facts, staged, precision, name)
+    write_files(facts, staged, graphs)
+    draft = draft_manifest(facts, staged, precision, name)
     facts.say(f"{precision}: parity gate")
     if precision == "fp32":
         parity = _check_float(facts, staged, draft)
@@ -137,15 +145,14 @@ def _build(facts: _Facts, staged: Path, precision: str, name: str, scratch: Path
     bundle.read(staged)
 
 
-def _check_float(facts: _Facts, staged: Path, draft: Manifest) -> Parity:
-    with Session.from_manifest(staged, draft, threads=1) as session:
-        return gate.check_float(facts.checkpoint, facts.reference, session, facts.cases)
+def _check_float(facts: Facts, staged: Path, draft: Manifest) -> Parity:
+    return gate.check_float(facts.checkpoint, staged, draft, facts.reference, facts.cases)
 
 
 # --- files ------------------------------------------------------------
 
 
-def _write_files(facts: _Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> None:
+def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> None:
     """Parts in the onnx-community layout, and what transformers.js reads beside them."""
     (staged / "onnx").mkdir(parents=True)
     for role, model in graphs.items():
@@ -164,7 +171,7 @@ def _part_path(role: str, model: ir.Model) -> str:
     return f"onnx/{_FILES[role]}{suffix(model)}.onnx"
 
 
-def _write_conformance(facts: _Facts, staged: Path, draft: Manifest, precision: str) -> FileRef:
+def _write_conformance(facts: Facts, staged: Path, draft: Manifest, precision: str) -> FileRef:
     """Two pictures: a file to be turned upright and one with transparency."""
     wanted = [(case.name, case) for case in facts.cases if isinstance(case.image, bytes)][:2]
     normalise = next(op for op in facts.image.operations if isinstance(op, Normalise))
@@ -188,7 +195,7 @@ def _bytes(case: ParityCase) -> bytes:
 # --- manifest ---------------------------------------------------------
 
 
-def _manifest(facts: _Facts, staged: Path, precision: str, name: str) -> Manifest:
+def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Manifest:
     """The manifest of the files in `staged`, with parity and conformance still to come."""
     image, prompt = facts.image, facts.prompt
     merge = ReplaceTokens(token=prompt.image.token)
@@ -222,7 +229,7 @@ def _manifest(facts: _Facts, staged: Path, precision: str, name: str) -> Manifes
     )
 
 
-def _stop_ids(facts: _Facts) -> tuple[int, ...]:
+def _stop_ids(facts: Facts) -> tuple[int, ...]:
     if not facts.reference.stop_ids:
         raise CheckpointError(
             f"{facts.checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end"

@@ -211,13 +211,17 @@ def weight_bits(model: ir.Model) -> tuple[WeightBits, ...]:
     counts: collections.Counter[tuple[int, str]] = collections.Counter()
     for value in model.graph.initializers.values():
         array = constant(value)
-        if array is None or array.size <= 1 or array.dtype == np.int64:  # int64: shapes, not weights
-            continue
+        if array is None or array.size <= 1 or array.dtype == np.int64 or _is_zero_point(value):
+            continue  # int64 are shapes
         counts[_storage(value)] += _logical_size(value, array)
     return tuple(
         WeightBits(bits=bits, parameters=number, scheme=scheme)
         for (bits, scheme), number in sorted(counts.items())
     )
+
+
+def _is_zero_point(value: ir.Value) -> bool:
+    return any(node.op_type == "MatMulInteger" and index == 3 for node, index in value.uses())
 
 
 def suffix(model: ir.Model) -> str:

@@ -89,9 +89,10 @@ class SmolVlm:
         image = processor.image_processor
         for setting, wanted in _REQUIRED.items():
             if bool(getattr(image, setting, None)) is not wanted:
+                got = getattr(image, setting, None)
                 raise CheckpointError(
-                    f"{path}: image_processor.{setting} is {getattr(image, setting, None)}, only {wanted} can "
-                    "be exported; set it in processor_config.json if the model was trained so"
+                    f"{path}: image_processor.{setting} is {got}, and only {wanted} can be exported; "
+                    "set it in processor_config.json if the model was trained so"
                 )
         if int(image.resample) not in _FILTERS:
             raise CheckpointError(

@@ -1,0 +1,328 @@
+"""From a directory to a bundle: what is refused, what is left behind, what the files say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import export
+import runtime
+from export import gate, onnx, target
+from export.checkpoint import load, read_config
+from export.families import FAMILIES, family_of
+from runtime import bundle, conformance, files
+from runtime.errors import CheckpointError, InputError, ParityError, PocketError, StateError
+from tests.export.conftest import Exported
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# --- a whole export ---------------------------------------------------
+
+
+def test_a_bundle_answers_as_the_checkpoint(exported: Exported) -> None:
+    picture = Image.effect_noise((70, 50), 90).convert("RGB")
+    reference = exported.facts.reference
+    with runtime.open_bundle(exported.bundles["fp32"], threads=1) as session:
+        for question in ("what color is the shape?", "is there a red circle?"):
+            options = runtime.GenerationOptions(max_new_tokens=20)
+            got = session.ask(picture, question, options)
+            assert got.token_ids == reference.generate(picture, question, 20)
+
+
+@pytest.mark.parametrize("precision", export.PRECISIONS)
+def test_bundles_conform_to_their_own_vectors(exported: Exported, precision: str) -> None:
+    path = exported.bundles[precision]
+    with runtime.open_bundle(path, threads=1) as session:
+        assert conformance.check(session, path) == []
+
+
+def test_layout_is_that_of_the_onnx_community(exported: Exported) -> None:
+    path = exported.bundles["fp32"]
+    for name in ("tokenizer.json", "config.json", "preprocessor_config.json", "generation_config.json"):
+        assert (path / name).is_file()
+    decoder = exported.manifest("fp32").part("decoder")
+    names = [spec.name for spec in decoder.inputs]
+    assert names[:4] == ["inputs_embeds", "attention_mask", "position_ids", "past_key_values.0.key"]
+    assert [spec.name for spec in decoder.outputs][:2] == ["logits", "present.0.key"]
+
+
+def test_rounded_bundles_are_smaller(exported: Exported) -> None:
+    sizes = {p: sum(part.bytes for part in exported.manifest(p).parts) for p in export.PRECISIONS}
+    assert sizes["int4"] < sizes["int8"] < 0.5 * sizes["fp32"]
+
+
+def test_manifest_facts(exported: Exported, tiny_checkpoint: Path) -> None:
+    manifest = exported.manifest("int8")
+    assert manifest.source.sha256 == load(tiny_checkpoint).sha256
+    assert manifest.limits.context == 256 and manifest.image.tokens == 16
+    assert {"torch", "transformers", "onnxruntime"} <= set(manifest.tool_versions)
+    assert len(manifest.state) == 4 and manifest.state[0].sequence_axis == 2
+    assert set(manifest.parity.limits) <= set(manifest.parity.figures)
+
+
+def test_export_checkpoint_replaces_only_its_own_bundles(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundles" / "student"
+    lines: list[str] = []
+    sample = Image.new("RGB", (40, 90), "red")
+    found = export.export_checkpoint(
+        tiny_checkpoint, out, precision="int8", sample_images=[sample], progress=lines.append
+    )
+    assert found == out and bundle.read(out).name == "student"
+    assert bundle.read(out).parity.cases == 7 and any("parity gate" in line for line in lines)
+    first = (out / bundle.MANIFEST_NAME).stat().st_ino
+    with target.staging(out) as staged:  # a second export, its contents aside
+        shutil.copytree(out, staged, dirs_exist_ok=True)
+    assert (out / bundle.MANIFEST_NAME).stat().st_ino != first
+    assert [path.name for path in out.parent.iterdir()] == ["student"] and not (out / ".lock").exists()
+
+
+def test_a_foreign_directory_is_refused_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StateError, match="no bundle of ours"):
+        export.export_checkpoint(tiny_checkpoint, tmp_path)
+    with pytest.raises(StateError, match="is a file"):
+        export.export_checkpoint(tiny_checkpoint, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_failing_gate_leaves_the_old_bundle(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "student"
+    shutil.copytree(exported.bundles["fp32"], out)
+    before = (out / bundle.MANIFEST_NAME).read_bytes()
+
+    def fail(*_: object) -> None:
+        raise ParityError("gate: features")
+
+    monkeypatch.setattr(gate, "check_float", fail)
+    with pytest.raises(ParityError, match="features"), target.staging(out) as staged:
+        onnx.build(exported.facts, staged, "fp32", "student", tmp_path)
+    assert (out / bundle.MANIFEST_NAME).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from export import target\n"
+        "with target.staging(Path(sys.argv[1])) as staged:\n"
+        "    (staged / 'half.onnx').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = Path(export.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, str(out)], cwd=root, check=False)
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1 and left[0].name.startswith(files.TEMP_PREFIX) and not out.exists()
+    other = tmp_path / f"{files.TEMP_PREFIX}another-abc"
+    other.mkdir()
+    with target.staging(out) as staged:
+        (staged / "whole").touch()
+        assert not left[0].exists()
+        with target.staging(out):  # a running export's directory is left alone
+            assert staged.exists()
+    assert other.exists() and (out / "whole").exists()
+
+
+def test_importing_export_loads_no_torch() -> None:
+    root = Path(export.__file__).parents[1]
+    code = "import sys, export; assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_unknown_format_and_precision_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"format 'tflite' .* onnx"):
+        export.export_checkpoint(tiny_checkpoint, tmp_path / "a", to="tflite")
+    with pytest.raises(InputError, match=r"precision 'int2' .* fp32, int8, int4"):
+        export.export_all(tiny_checkpoint, tmp_path / "a", ["int8", "int2"])
+
+
+# --- checkpoints that are refused -------------------------------------
+
+
+def _remove_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def _only_pickle(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def _missing_shard(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def _truncated(path: Path) -> None:
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def _remote_code(path: Path) -> None:
+    edit(path / "config.json", lambda c: c.update(auto_map={"AutoModel": "evil.Model"}))
+
+
+def _broken_json(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+def _no_model_type(path: Path) -> None:
+    edit(path / "config.json", lambda c: c.pop("model_type"))
+
+
+def _no_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
+
+
+def _wrong_width(path: Path) -> None:
+    edit(path / "config.json", lambda c: c["text_config"].update(intermediate_size=64))
+
+
+def _deeper(path: Path) -> None:
+    edit(path / "config.json", lambda c: c["text_config"].update(num_hidden_layers=3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_remove_weights, "no model.safetensors"),
+        (_only_pickle, "pickle"),
+        (_missing_shard, "1 of 2 weight shards missing .model-00002-of-00002"),
+        (_truncated, "cannot load it"),
+        (_remote_code, "auto_map"),
+        (_broken_json, "cannot be read as JSON"),
+        (_no_model_type, "no model_type"),
+        (_no_tokenizer, "cannot load it"),
+        (_wrong_width, "."),
+        (_deeper, "weights missing"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_one_clear_line(
+    copy: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    damage(copy)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load(copy)
+    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+def test_no_directory_gives_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_config(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        (
+            "processor_config.json",
+            {"image_processor": {"do_image_splitting": True}},
+            "do_image_splitting is True",
+        ),
+        ("processor_config.json", {"image_processor": {"do_resize": False}}, "do_resize is False"),
+        ("processor_config.json", {"image_processor": {"resample": 0}}, "resample is 0"),
+        ("processor_config.json", {"image_seq_len": 4}, "4 image tokens, the model makes 16"),
+        (
+            "processor_config.json",
+            {"image_processor": {"max_image_size": {"longest_edge": 60}}},
+            "max_image_size 60",
+        ),
+        (
+            "config.json",
+            {"text_config": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
+            "rope_type 'dynamic'",
+        ),
+    ],
+)
+def test_settings_the_parts_cannot_reproduce_are_refused_by_name(
+    copy: Path, file: str, change: dict[str, Any], says: str
+) -> None:
+    def merge(value: dict[str, Any], new: dict[str, Any] = change) -> None:
+        for key, inner in new.items():
+            if isinstance(inner, dict) and isinstance(value.get(key), dict):
+                merge(value[key], inner)
+            else:
+                value[key] = inner
+
+    edit(copy / file, merge)
+    with pytest.raises(CheckpointError, match=says):
+        family_of(load(copy))
+
+
+def test_an_unknown_family_says_which_are_known_and_what_to_write(exported: Exported) -> None:
+    checkpoint = exported.facts.checkpoint
+
+    class Other:
+        path, model_type = checkpoint.path, "fastvlm"
+
+    with pytest.raises(CheckpointError, match=r"'fastvlm'.*idefics3, smolvlm.*export/families/NAME\.py"):
+        family_of(Other())  # type: ignore[arg-type]
+    assert [family.model_types for family in FAMILIES]
+
+
+# --- chat templates ---------------------------------------------------
+
+
+def _with_system(template: str) -> str:
+    return template.replace(
+        "<|im_start|>{% for", "<|im_start|>System: be brief.<end_of_utterance>{{ '\\n' }}{% for", 1
+    )
+
+
+def _question_then_newline(template: str) -> str:
+    return template.replace("{{ line['text'] }}", "{{ '\\n' + line['text'] + ' ?' }}")
+
+
+@pytest.mark.parametrize("change", [_with_system, _question_then_newline])
+def test_other_templates_are_cut_into_equal_segments(copy: Path, change: Callable[[str], str]) -> None:
+    template = copy / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text(change(text))
+    assert template.read_text() != text
+    checkpoint = load(copy)
+    spec = family_of(checkpoint).prompt(checkpoint)
+    from export import prompts
+    from runtime.prompt import load_tokenizer, render
+
+    tokenizer = load_tokenizer(copy / "tokenizer.json")
+    count = prompts.prove(checkpoint, lambda q, n: render(spec, tokenizer, q, [16] * n).tolist(), (1, 0))
+    assert count == 2 * len(prompts.PROOF_QUESTIONS)
+
+
+def _shouting(template: str) -> str:
+    return template.replace("{{ line['text'] }}", "{{ line['text'] | upper }}")
+
+
+def _stripped(template: str) -> str:
+    return template.replace("{{ line['text'] }}", "{{ line['text'] | trim }}")
+
+
+@pytest.mark.parametrize("change", [_shouting, _stripped])
+def test_a_template_that_changes_the_question_fails_the_export(
+    copy: Path, tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    template = copy / "chat_template.jinja"
+    template.write_text(change(template.read_text()))
+    with pytest.raises(PocketError, match=r"template|prompt"):
+        export.export_checkpoint(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
