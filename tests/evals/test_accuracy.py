@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evals import stats
 from evals.accuracy import AccuracyResult, compare_answers, compare_methods, evaluate, split_margins
 from evals.easy_vqa import Question
 from evals.gather import data_uri, examples
@@ -139,7 +140,9 @@ def test_agreement_counts_answers_not_only_flips(items: list[Question]) -> None:
     assert [(f.id, f.checkpoint_text, f.bundle_text, f.margin) for f in found.differing] == [
         ("1", "red: yes", "blue: yes", None)
     ]
-    assert compare_answers(before, before).differing == []
+    same = compare_answers(before, before)
+    assert same.differing == [] and same.high == -same.low
+    assert same.high == pytest.approx(stats.wilson(0, 3).high)  # three images without a flip, not certainty
 
 
 def test_near_ties_are_found_at_the_first_token_that_differs(items: list[Question]) -> None:
