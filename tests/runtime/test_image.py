@@ -17,6 +17,7 @@ from transformers import AutoProcessor
 
 from runtime import image
 from runtime.errors import InputError
+from runtime.manifest import ToRgb
 from tests.runtime.specs import image_spec
 
 LIMIT = 30_000_000
@@ -132,6 +133,16 @@ def test_an_animation_shows_its_first_frame(tmp_path: Path) -> None:
     path = tmp_path / "moving.webp"
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
     assert np.array_equal(pixels(path), pixels(frames[0]))
+
+
+def test_alpha_over_white_is_the_documented_integer_formula() -> None:
+    colour, alpha = (plane.astype(np.uint8) for plane in np.mgrid[0:256, 0:256])
+    got = image._to_rgb(
+        Image.fromarray(np.stack([colour, alpha], -1)), ToRgb(file_alpha="drop", pixels_alpha="white"), False
+    )
+    c, a = colour.astype(int), alpha.astype(int)
+    t = (c * a + 255 * (255 - a)) * 128 + 16384
+    assert np.array_equal(got[..., 0], (((t >> 8) + t) >> 8) >> 7)
 
 
 def png(width: int, height: int) -> bytes:
