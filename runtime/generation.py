@@ -40,13 +40,14 @@ class Sampler:
 
     def __init__(self, options: GenerationOptions, prompt_ids: Sequence[int] | NDArray[np.int64]) -> None:
         self.options = options
-        self.random = np.random.default_rng(options.seed)
+        # numpy loads its random module at first use, which a greedy answer need not wait for
+        self.random = np.random.default_rng(options.seed) if options.temperature else None
         self.seen = {int(token) for token in prompt_ids}
 
     def pick(self, logits: Logits) -> int:
         """The id chosen from logits (vocab,); ties go to the lowest id."""
         scores = penalise(logits, sorted(self.seen), self.options.repetition_penalty)
-        if self.options.temperature == 0.0:
+        if self.random is None:
             token = int(np.argmax(scores))
         else:
             token = int(self.random.choice(len(scores), p=distribution(scores, self.options)))

@@ -57,6 +57,11 @@ def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int) -> Prep
 # --- loading ----------------------------------------------------------
 
 
+def load_decoders() -> None:
+    """Import Pillow's usual decoders now, so that the first picture need not wait for them."""
+    Image.preinit()
+
+
 def load(source: ImageInput, max_source_pixels: int) -> Image.Image:
     """A decoded picture, the first frame of several. Its size is checked before any pixel is decoded."""
     if isinstance(source, Image.Image):

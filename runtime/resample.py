@@ -22,8 +22,7 @@ Doubles = NDArray[np.float64]
 
 WEIGHT_LIMIT = 1 << 15  # a weight is a signed 16-bit integer
 MAX_PRECISION = 22  # fractional bits
-BLOCK = 32  # outputs computed by one matrix product
-ROWS = 256  # rows held in double precision at a time
+PRODUCT = 250_000  # multiplications in one matrix product: fits a cache, and BLAS wakes no threads for it
 
 
 def _bilinear(x: Doubles) -> Doubles:
@@ -56,6 +55,7 @@ class Taps:
         scale = size_in / size_out
         support: float = radius * max(scale, 1.0)
         shrink = 1.0 / scale if scale >= 1.0 else 1.0
+        self.run = max(4, round(2 * support / scale))
         self.first: list[int] = []
         rows: list[Doubles] = []
         for i in range(size_out):
@@ -72,16 +72,20 @@ class Taps:
         while self.precision < MAX_PRECISION and int(0.5 + largest * (2 << self.precision)) < WEIGHT_LIMIT:
             self.precision += 1
         self.weights = [self._to_integer(row) for row in rows]
+        self.blocks = self._blocks()
 
     def _to_integer(self, row: Doubles) -> Doubles:
         scaled = row * (1 << self.precision)
         return np.trunc(scaled + np.copysign(0.5, scaled))  # half away from zero; held as doubles, exact
 
-    def blocks(self) -> list[tuple[int, int, int, Doubles]]:
-        """(first output, first input, end of inputs, weights (outputs, inputs)) of each run of outputs."""
+    def _blocks(self) -> list[tuple[int, int, int, Doubles]]:
+        """(first output, first input, end of inputs, weights (outputs, inputs)) of each run of outputs.
+
+        A run has about as many outputs as the inputs of one output span, so that few weights are zero.
+        """
         found = []
-        for start in range(0, len(self.first), BLOCK):
-            stop = min(start + BLOCK, len(self.first))
+        for start in range(0, len(self.first), self.run):
+            stop = min(start + self.run, len(self.first))
             low = self.first[start]
             high = max(self.first[i] + len(self.weights[i]) for i in range(start, stop))
             dense = np.zeros((stop - start, high - low))
@@ -103,27 +107,16 @@ def _to_bytes(sums: Doubles, precision: int) -> Bytes:
     return np.clip(rounded, 0, 255).astype(np.uint8)
 
 
-def _along_width(pixels: Bytes, width: int, filter_name: str) -> Bytes:
-    height, size_in, channels = pixels.shape
-    taps = _taps(size_in, width, filter_name)
-    blocks = taps.blocks()
-    out = np.empty((height, width, channels), dtype=np.uint8)
-    for top in range(0, height, ROWS):
-        rows = pixels[top : top + ROWS].astype(np.float64)
-        for start, low, high, dense in blocks:
-            sums = np.matmul(dense, rows[:, low:high])  # (rows, outputs, channels)
-            out[top : top + ROWS, start : start + len(dense)] = _to_bytes(sums, taps.precision)
+def _along_first(samples: Bytes, size: int, filter_name: str) -> Bytes:
+    """Resample the first axis of (n, columns) to (size, columns)."""
+    taps = _taps(samples.shape[0], size, filter_name)
+    out = np.empty((size, samples.shape[1]), dtype=np.uint8)
+    for start, low, high, dense in taps.blocks:
+        step = max(64, PRODUCT // dense.size)
+        for left in range(0, samples.shape[1], step):
+            piece = samples[low:high, left : left + step].astype(np.float64)
+            out[start : start + len(dense), left : left + step] = _to_bytes(dense @ piece, taps.precision)
     return out
-
-
-def _along_height(pixels: Bytes, height: int, filter_name: str) -> Bytes:
-    size_in, width, channels = pixels.shape
-    taps = _taps(size_in, height, filter_name)
-    flat = pixels.reshape(size_in, width * channels)
-    out = np.empty((height, width * channels), dtype=np.uint8)
-    for start, low, high, dense in taps.blocks():
-        out[start : start + len(dense)] = _to_bytes(dense @ flat[low:high].astype(np.float64), taps.precision)
-    return out.reshape(height, width, channels)
 
 
 def resize(pixels: Bytes, height: int, width: int, filter_name: str) -> Bytes:
@@ -131,8 +124,12 @@ def resize(pixels: Bytes, height: int, width: int, filter_name: str) -> Bytes:
 
     An axis that keeps its size is not touched.
     """
+    channels = pixels.shape[2]
     if pixels.shape[1] != width:
-        pixels = _along_width(pixels, width, filter_name)
+        turned = pixels.transpose(1, 0, 2)  # (W, H, C)
+        resized = _along_first(turned.reshape(len(turned), -1), width, filter_name)
+        pixels = resized.reshape(width, pixels.shape[0], channels).transpose(1, 0, 2)
     if pixels.shape[0] != height:
-        pixels = _along_height(pixels, height, filter_name)
+        resized = _along_first(pixels.reshape(len(pixels), -1), height, filter_name)
+        pixels = resized.reshape(height, width, channels)
     return pixels

@@ -102,6 +102,7 @@ class Session:
         start = time.perf_counter()
         if threads is not None and threads < 1:
             raise InputError(f"threads: got {threads}, expected 1 or more")
+        image.load_decoders()
         tokenizer = prompt.load_tokenizer(bundle.locate(directory, manifest.tokenizer.file.path))
         backend = OnnxBackend(directory, manifest, threads=threads or default_threads(), spin=spin)
         session = cls(manifest, backend, tokenizer)
