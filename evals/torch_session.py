@@ -74,7 +74,7 @@ class TorchSession:
             source = self._as_file(source)
         picture = source if isinstance(source, Image.Image) else str(source)
         found = self._template("", [picture])
-        inputs = {k: v for k, v in found.items() if k not in ("input_ids", "attention_mask")}
+        inputs = {k: found[k] for k in self.processor.image_processor.model_input_names if k in found}
         pixels = found["pixel_values"].numpy()
         tokens = int((found["input_ids"] == self._image_token).sum())
         return TorchImage(pixels.reshape(-1, *pixels.shape[-3:]), tokens, picture, inputs)
@@ -199,7 +199,7 @@ class TorchSession:
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         turn = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         try:
-            with _quiet():
+            with quiet_transformers():
                 return self.processor.apply_chat_template(
                     turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
                 )
@@ -272,10 +272,11 @@ def _load(path: Path) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+        with quiet_transformers():
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+            processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise CheckpointError(f"{path}: transformers cannot load it: {first}") from error
@@ -283,17 +284,22 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks of transformers and torchvision on who will decode files in the future."""
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars, and no remarks of transformers and torchvision on future decoders, in this block."""
+    from transformers.utils import logging as transformers_logging
+
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _ms_since(start: float) -> float:

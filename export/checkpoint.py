@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evals.torch_session import quiet_transformers
 from runtime.errors import CheckpointError, MissingExtra
 from runtime.files import sha256_file
 
@@ -113,23 +114,18 @@ def load(path: Path) -> Checkpoint:
     try:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
-        from transformers.utils import logging
     except ImportError as error:
         raise MissingExtra(error.name or "torch", "export") from error
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    common = {"local_files_only": True, "trust_remote_code": False}
     try:
-        common = {"local_files_only": True, "trust_remote_code": False}
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **common
-        )
-        model, info = loaded
-        processor = AutoProcessor.from_pretrained(path, **common)
+        with quiet_transformers():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **common
+            )
+            processor = AutoProcessor.from_pretrained(path, **common)
     except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
         raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    model, info = loaded
     if absent := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
         raise CheckpointError(
             f"{path}: {len(absent)} weights missing or of another shape (first: {absent[0]}); "

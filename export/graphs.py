@@ -13,6 +13,7 @@ from export import passes
 from export.checkpoint import Checkpoint
 from export.decoder import to_onnx, trace_decoder
 from export.families import Family
+from runtime.errors import CheckpointError
 
 ROLES = ("vision_encoder", "embed_tokens", "decoder")
 """In the order of use."""
@@ -28,6 +29,18 @@ _DIMENSIONS: dict[str, list[str | None]] = {
     "pixel_values": ["num_images", None, None, None],
     "image_features": ["num_images", None, None],
 }
+
+
+_FILE_LIMIT = 2**31 - 1  # protobuf
+
+
+def _check_size(role: str, model: ir.Model) -> None:
+    """One part is one file; larger ones will need their weights beside the graph."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if size > _FILE_LIMIT:
+        raise CheckpointError(
+            f"{role}: {size / 2**30:.1f} GiB in float32, an ONNX file holds 2 GiB; take a smaller student"
+        )
 
 
 def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
@@ -51,5 +64,7 @@ def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     for model in models.values():
         passes.name_dimensions(model, _DIMENSIONS)
         passes.strip(model)
+    for role, model in models.items():
+        _check_size(role, model)
     # through the wire format: attributes get the precision that a file keeps, and nothing holds on to torch
     return {role: ir.from_proto(ir.to_proto(model)) for role, model in models.items()}

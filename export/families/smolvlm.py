@@ -183,13 +183,17 @@ class SmolVlm:
         """A picture is `<fake_token_around_image><global-img>`, N `<image>`, `<fake_token_around_image>`."""
         processor = checkpoint.processor
         edge = processor.fake_image_token
+        whole = (
+            getattr(processor, "global_image_token", None) or processor.global_image_tag
+        )  # Idefics3's name
+        pictures = [processor.image_token, getattr(processor, "video_token", None)]
         return prompts.segments(
             checkpoint,
             placeholder=processor.image_token,
-            before=f"{edge}{processor.global_image_token}",
+            before=f"{edge}{whole}",
             token=processor.image_token,
             after=edge,
-            refused=(processor.image_token, processor.video_token),
+            refused=tuple(token for token in pictures if token),
         )
 
 

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 import export
 import runtime
+from distill import fresh
 from export import gate, onnx, target
 from export.checkpoint import load, read_config
 from export.families import FAMILIES, family_of
 from runtime import bundle, conformance, files
 from runtime.errors import CheckpointError, InputError, ParityError, PocketError, StateError
+from tests.checkpoints import RECIPE, smolvlm_config
 from tests.export.conftest import Exported
 
 
@@ -152,6 +155,35 @@ def test_unknown_format_and_precision_are_named(tiny_checkpoint: Path, tmp_path:
         export.export_checkpoint(tiny_checkpoint, tmp_path / "a", to="tflite")
     with pytest.raises(InputError, match=r"precision 'int2' .* fp32, int8, int4"):
         export.export_all(tiny_checkpoint, tmp_path / "a", ["int8", "int2"])
+
+
+def test_idefics3_is_cut_in_the_same_way(tmp_path: Path) -> None:
+    """Its own processor and model classes, another filter and other mean and std."""
+    recipe = yaml.safe_load(RECIPE.read_text())
+    processor = {
+        "processor_class": "Idefics3Processor",
+        "image_seq_len": 16,
+        "image_processor": {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "do_image_splitting": False,
+            "size": {"longest_edge": 128},
+            "max_image_size": {"longest_edge": 64},
+            "resample": 3,
+        },
+    }
+    checkpoint = fresh.write_checkpoint(
+        tmp_path / "idefics3",
+        {**smolvlm_config(), "model_type": "idefics3"},
+        fresh.train_tokenizer(["what color is it?"] * 4, recipe["tokenizer"]["special"], 300),
+        processor,
+        recipe["chat_template"],
+        rules=[("*norm*", 1.0), ("*bias", 0.02), ("*embed*", 0.3), ("*", 0.25)],
+    )
+    out = export.export_checkpoint(checkpoint, tmp_path / "bundle")
+    manifest = bundle.read(out)
+    assert manifest.parity.figures["top1_agreement"] == 1.0
+    assert manifest.prompt.refused_text == ("<image>",)
+    assert {op.filter for op in manifest.image.operations if hasattr(op, "filter")} == {"bicubic"}
 
 
 # --- checkpoints that are refused -------------------------------------
