@@ -50,15 +50,22 @@ def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     pixels = torch.zeros(2, *(int(side) for side in image.pixels.shape[1:]))
     ids = torch.zeros(2, 3, dtype=torch.long)
     auto = torch.export.Dim.DYNAMIC
-    models = {
-        "vision_encoder": to_onnx(
-            modules.vision, (pixels,), ["pixel_values"], ["image_features"], ({0: auto},)
-        ),
-        "embed_tokens": to_onnx(
-            modules.embed, (ids,), ["input_ids"], ["inputs_embeds"], ({0: auto, 1: auto},)
-        ),
-        "decoder": trace_decoder(modules.text, modules.head, shape),
-    }
+    try:
+        models = {
+            "vision_encoder": to_onnx(
+                modules.vision, (pixels,), ["pixel_values"], ["image_features"], ({0: auto},)
+            ),
+            "embed_tokens": to_onnx(
+                modules.embed, (ids,), ["input_ids"], ["inputs_embeds"], ({0: auto, 1: auto},)
+            ),
+            "decoder": trace_decoder(modules.text, modules.head, shape),
+        }
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: torch {torch.__version__} cannot trace it: {first}; "
+            "the family in export/families/ does not fit this checkpoint"
+        ) from error
     passes.run(models["vision_encoder"], (passes.name_weights,))
     passes.run(models["decoder"], passes.DECODER_PASSES)
     for model in models.values():

@@ -99,6 +99,7 @@ def export_onnx(
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
         if "fp32" not in targets:
             # the rounded parts are judged by the float graphs, so these pass the gate in any case
+            say("fp32: parity gate of the traced parts")
             plain = Path(scratch) / "fp32"
             write_files(facts, plain, facts.graphs)
             _check_float(facts, plain, draft_manifest(facts, plain, "fp32", "fp32"))
@@ -119,11 +120,15 @@ def prepare(checkpoint: Checkpoint, samples: Sequence[ImageInput], say: Progress
         lambda question, number: render(prompt, tokenizer, question, [image.tokens] * number).tolist(),
         (1, 0) if prompt.user_without_image is not None else (1,),
     )
+    reference = TorchSession(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
+    if not reference.stop_ids:
+        raise CheckpointError(
+            f"{checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end; add it"
+        )
+    say("reference answers")
+    cases = gate.make_cases(reference, samples, text_only=prompt.user_without_image is not None)
     say("tracing the parts")
     graphs = trace_all(checkpoint, family)
-    say("reference answers")
-    reference = TorchSession(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
-    cases = gate.make_cases(reference, samples, text_only=prompt.user_without_image is not None)
     return Facts(checkpoint, family, image, prompt, graphs, reference, cases, say)
 
 
@@ -215,7 +220,9 @@ def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Man
         state=_state(parts[-1]),
         limits=Limits(context=shape.max_positions, image_tokens=image.tokens, images=1),
         tokenizer=TokenizerSpec(
-            type="tokenizers-json", file=bundle.file_ref(staged, "tokenizer.json"), stop_ids=_stop_ids(facts)
+            type="tokenizers-json",
+            file=bundle.file_ref(staged, "tokenizer.json"),
+            stop_ids=facts.reference.stop_ids,
         ),
         parts=parts,
         source=Source(
@@ -227,14 +234,6 @@ def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Man
         parity=Parity(reference="not measured yet", cases=1, figures={}, limits={}),
         conformance=FileRef(path=conformance.CASES_PATH, sha256="0" * 64, bytes=0),
     )
-
-
-def _stop_ids(facts: Facts) -> tuple[int, ...]:
-    if not facts.reference.stop_ids:
-        raise CheckpointError(
-            f"{facts.checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end"
-        )
-    return facts.reference.stop_ids
 
 
 def _part(staged: Path, role: str) -> Part:

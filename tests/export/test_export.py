@@ -81,7 +81,9 @@ def test_manifest_facts(exported: Exported, tiny_checkpoint: Path) -> None:
     assert set(manifest.parity.limits) <= set(manifest.parity.figures)
 
 
-def test_export_checkpoint_replaces_only_its_own_bundles(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_export_checkpoint_replaces_only_its_own_bundles(
+    exported: Exported, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "bundles" / "student"
     lines: list[str] = []
     sample = Image.new("RGB", (40, 90), "red")
@@ -90,6 +92,8 @@ def test_export_checkpoint_replaces_only_its_own_bundles(tiny_checkpoint: Path, 
     )
     assert found == out and bundle.read(out).name == "student"
     assert bundle.read(out).parity.cases == 7 and any("parity gate" in line for line in lines)
+    hashes = [[part.sha256 for part in m.parts] for m in (bundle.read(out), exported.manifest("int8"))]
+    assert hashes[0] == hashes[1]  # the same checkpoint gives the same bytes
     first = (out / bundle.MANIFEST_NAME).stat().st_ino
     with target.staging(out) as staged:  # a second export, its contents aside
         shutil.copytree(out, staged, dirs_exist_ok=True)
@@ -184,6 +188,35 @@ def test_idefics3_is_cut_in_the_same_way(tmp_path: Path) -> None:
     assert manifest.parity.figures["top1_agreement"] == 1.0
     assert manifest.prompt.refused_text == ("<image>",)
     assert {op.filter for op in manifest.image.operations if hasattr(op, "filter")} == {"bicubic"}
+
+
+def test_a_sample_that_is_no_picture_gives_one_clear_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not an image"):
+        export.export_checkpoint(tiny_checkpoint, tmp_path / "out", sample_images=[b"text"])
+
+
+def test_a_checkpoint_without_a_stop_token_is_refused(copy: Path, tmp_path: Path) -> None:
+    for name in ("generation_config.json", "config.json"):
+        edit(
+            copy / name,
+            lambda c: (c.pop("eos_token_id", None), c.get("text_config", {}).pop("eos_token_id", None)),
+        )
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        export.export_checkpoint(copy, tmp_path / "out")
+
+
+def test_what_torch_cannot_trace_gives_one_clear_line(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.families import smolvlm
+
+    def branch(self: Any, pixel_values: Any) -> Any:
+        return pixel_values if pixel_values.sum() > 0 else -pixel_values
+
+    monkeypatch.setattr(smolvlm._Vision, "forward", branch)
+    with pytest.raises(CheckpointError, match="cannot trace it") as caught:
+        export.export_checkpoint(tiny_checkpoint, tmp_path / "out")
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
 # --- checkpoints that are refused -------------------------------------
