@@ -110,6 +110,21 @@ class ImageSpec(Contract):
     pixels: TensorSpec
     tokens: int = Field(gt=0, description="image tokens of one picture")
 
+    @model_validator(mode="after")
+    def _order(self) -> ImageSpec:
+        kinds = [operation.op.split("@")[0] for operation in self.operations]
+        bare = [kind for kind in kinds if not kind.startswith("resize_")]
+        if (
+            bare not in (["exif_rotate", "to_rgb", "normalise"], ["to_rgb", "normalise"])
+            or kinds[-1] != bare[-1]
+        ):
+            raise ValueError(f"operations must be [exif_rotate,] to_rgb, resizes, normalise; got {kinds}")
+        if kinds[: len(bare) - 1] != bare[:-1]:
+            raise ValueError(f"operations must resize after to_rgb; got {kinds}")
+        if len(self.pixels.shape) != 4:
+            raise ValueError(f"pixels must have 4 dimensions, got {list(self.pixels.shape)}")
+        return self
+
 
 # --- prompt -----------------------------------------------------------
 
@@ -218,6 +233,12 @@ class StateTensor(Contract):
     rewindable: bool
     in_place: bool = False
     padding_side: Literal["left", "right"]
+
+    @model_validator(mode="after")
+    def _axis(self) -> StateTensor:
+        if self.sequence_axis >= len(self.shape):
+            raise ValueError(f"sequence_axis {self.sequence_axis} is outside of shape {list(self.shape)}")
+        return self
 
 
 class Limits(Contract):
@@ -332,6 +353,8 @@ class Manifest(Contract):
             raise ValueError(
                 f"parts must be one vision_encoder, one embed_tokens and one decoder, got {roles}"
             )
+        if self.image.tokens > self.limits.image_tokens:
+            raise ValueError(f"image.tokens {self.image.tokens} exceeds limits.image_tokens")
         if self.merge.token != self.prompt.image.token:
             raise ValueError(f"merge.token {self.merge.token} differs from prompt.image.token")
         return self

@@ -126,6 +126,26 @@ def other_token(raw: dict[str, Any]) -> None:
     raw["merge"]["token"] += 1
 
 
+def normalise_first(raw: dict[str, Any]) -> None:
+    raw["image"]["operations"].insert(0, raw["image"]["operations"].pop())
+
+
+def resize_before_rgb(raw: dict[str, Any]) -> None:
+    raw["image"]["operations"].insert(1, raw["image"]["operations"].pop(2))
+
+
+def axis_outside(raw: dict[str, Any]) -> None:
+    raw["state"][0]["sequence_axis"] = 4
+
+
+def too_many_tokens(raw: dict[str, Any]) -> None:
+    raw["limits"]["image_tokens"] = 1
+
+
+def flat_pixels(raw: dict[str, Any]) -> None:
+    raw["image"]["pixels"]["shape"] = [3, 64, 64]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -134,6 +154,11 @@ def other_token(raw: dict[str, Any]) -> None:
         (other_version, "manifest_version"),
         (no_question, "one question slot"),
         (other_token, "differs from prompt.image.token"),
+        (normalise_first, "operations must be"),
+        (resize_before_rgb, "must resize after to_rgb"),
+        (axis_outside, "sequence_axis 4 is outside"),
+        (too_many_tokens, "exceeds limits.image_tokens"),
+        (flat_pixels, "pixels must have 4 dimensions"),
     ],
 )
 def test_other_faults(bundle_copy: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:
