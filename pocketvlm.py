@@ -221,15 +221,6 @@ def _require(extra: str, modules: Sequence[str]) -> None:
 
 # --- doctor -----------------------------------------------------------
 
-EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("onnx", ("onnxruntime",)),
-    ("gguf", ("llama-cpp-python",)),
-    ("coreml", ("coremltools",)),
-    ("report", ("jinja2", "matplotlib")),
-    ("distill", ("torch", "torchvision", "transformers", "accelerate", "easy-vqa", "num2words")),
-    ("export", ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "onnxscript", "optimum")),
-)
-
 
 @app.command(
     epilog="""Examples:
@@ -246,7 +237,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Say what is installed, what is missing and how to get it; check a bundle if one is given."""
-    facts = _installation()
+    from runtime.installation import describe
+
+    facts = {"pocketvlm": _version(), **describe()}
     if bundle is not None:
         facts["bundle"] = {"path": str(bundle), **_conformance(bundle)}
     if as_json:
@@ -255,40 +248,6 @@ def doctor(
         _print_installation(facts)
     if bundle is not None and facts["bundle"]["differences"]:
         raise typer.Exit(2)
-
-
-def _installation() -> dict[str, Any]:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    from runtime.threads import default_threads
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    core = ("numpy", "pillow", "pydantic", "tokenizers", "typer", "rich")
-    extras = []
-    for extra, packages in EXTRAS:
-        versions = {package: installed(package) for package in packages}
-        extras.append(
-            {
-                "extra": extra,
-                "packages": versions,
-                "complete": None not in versions.values(),
-                "install": f"pip install 'pocketvlm[{extra}]'",
-            }
-        )
-    return {
-        "pocketvlm": _version(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "threads": default_threads(),
-        "core": {package: installed(package) for package in core},
-        "extras": extras,
-    }
 
 
 def _print_installation(facts: dict[str, Any]) -> None:

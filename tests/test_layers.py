@@ -80,7 +80,7 @@ def test_the_runtime_contains_no_model_type() -> None:
         f"{path.relative_to(ROOT)}: {family}"
         for path in sources("runtime")
         for family in FAMILIES
-        if family in path.read_text().lower()
+        if family in path.read_text().lower().replace("llama-cpp-python", "")  # a package, no family
     ]
     assert wrong == []
 

@@ -17,6 +17,7 @@ import tomllib
 from PIL import Image
 
 import pocketvlm
+from runtime import installation
 
 ROOT = Path(pocketvlm.__file__).parent
 QUESTION = "what color is the circle?"
@@ -199,10 +200,10 @@ def test_doctor() -> None:
 
 def test_doctor_knows_the_extras_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra, packages in pocketvlm.EXTRAS:
+    for extra, packages in installation.EXTRAS:
         declared = {re.split(r"[<>=]", requirement)[0] for requirement in project[extra]}
         assert set(packages) <= declared, extra
-    assert {extra for extra, _ in pocketvlm.EXTRAS} == set(project) - {"all", "dev"}
+    assert {extra for extra, _ in installation.EXTRAS} == set(project) - {"all", "dev"}
 
 
 def test_doctor_checks_a_bundle(bundle_copy: Path) -> None:

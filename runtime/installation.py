@@ -1,0 +1,52 @@
+"""What is installed, without importing any of it. Standard library only.
+
+In: nothing. Out: versions, extras with what they lack, threads. Not here: printing (`pocketvlm doctor`).
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from runtime.threads import default_threads
+
+CORE = ("numpy", "pillow", "pydantic", "tokenizers", "typer", "rich")
+EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("onnx", ("onnxruntime",)),
+    ("gguf", ("llama-cpp-python",)),
+    ("coreml", ("coremltools",)),
+    ("report", ("jinja2", "matplotlib")),
+    ("distill", ("torch", "torchvision", "transformers", "accelerate", "easy-vqa", "num2words")),
+    ("export", ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "onnxscript", "optimum")),
+)
+"""Each extra of the project with the packages that its verbs import."""
+
+
+def describe() -> dict[str, Any]:
+    """JSON-ready facts: python, system, threads, core packages, extras with their pip command."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "threads": default_threads(),
+        "core": {package: installed(package) for package in CORE},
+        "extras": [_extra(name, packages) for name, packages in EXTRAS],
+    }
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _extra(name: str, packages: tuple[str, ...]) -> dict[str, Any]:
+    versions = {package: installed(package) for package in packages}
+    return {
+        "extra": name,
+        "packages": versions,
+        "complete": None not in versions.values(),
+        "install": f"pip install 'pocketvlm[{name}]'",
+    }
