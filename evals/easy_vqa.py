@@ -63,7 +63,12 @@ def facts(questions: Sequence[Question]) -> dict[int, tuple[str, str]]:
 
 
 def explained(item: Question, known: dict[int, tuple[str, str]]) -> str:
-    """The target response: what is in the picture, then the answer (`red circle: yes`)."""
+    """The target response: what is in the picture, what is asked, the answer (`red circle, blue: no`)."""
     if item.image_id not in known:
         return item.answer
-    return f"{' '.join(known[item.image_id])}: {item.answer}"
+    words = item.question.rstrip("?").split()
+    if words[0] == "what":
+        asked = "color" if "color" in words else "shape"
+    else:
+        asked = next(word for word in words if word in COLOURS + SHAPES)
+    return f"{' '.join(known[item.image_id])}, {asked}: {item.answer}"

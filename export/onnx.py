@@ -274,6 +274,7 @@ def _state(decoder: Part) -> tuple[StateTensor, ...]:
             shape=spec.shape,
             sequence_axis=2,
             rewindable=True,
+            in_place=True,
             padding_side="right",
         )
         for spec in decoder.inputs

@@ -7,7 +7,6 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import StateError
+
+try:
+    import fcntl
+except ImportError:  # Windows: the runtime works there; stages that write do not
+    fcntl = None  # type: ignore[assignment]
 
 TEMP_PREFIX = ".tmp-"
 
@@ -103,6 +107,8 @@ def lock(directory: Path) -> Iterator[None]:
 
     The kernel releases the lock when the process ends, however it ends.
     """
+    if fcntl is None:
+        raise StateError(f"{directory}: this platform has no file locks; run this command on Linux or macOS")
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as stream:
         try:
