@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from runtime.errors import InputError, MissingExtra, PocketError
 
 if TYPE_CHECKING:
+    from evals.latency import Measured
     from runtime.generation import GenerationOptions
     from runtime.session import GenerationStats, Session
 
@@ -217,6 +218,93 @@ def _require(extra: str, modules: Sequence[str]) -> None:
     for module in modules:
         if find_spec(module) is None:
             raise MissingExtra(module.replace("_", "-"), extra)
+
+
+# --- bench ------------------------------------------------------------
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm bench bundles/student-onnx-fp32 bundles/student-onnx-int8
+
+    pocketvlm bench bundles/student-onnx-int8 --image photo.png --question "what is this?" --threads 1 --json
+"""
+)
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle directories; ratios are to the first one.")],
+    image: Annotated[Path | None, typer.Option(help="Image file; default: the first bundle's own.")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What to ask; default: the first bundle's own.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per bundle, in turn.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured repeats in each process.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Repeats before them that do not count.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per repeat, stop or not.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
+    drop_cache: Annotated[bool, typer.Option("--drop-cache", help="Forget cached files first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Measure load, image, first text, tokens a second, memory and bytes of bundles, in fresh processes."""
+    _require("onnx", ("onnxruntime",))
+    from evals.bench import subject
+    from evals.latency import measure_all
+    from runtime.threads import default_threads
+
+    picture, asked = subject(bundles[0], image, question)
+    with _progress("bench") as progress:
+        measured = measure_all(
+            bundles,
+            picture,
+            asked,
+            rounds=rounds,
+            warmup=warmup,
+            repeats=repeats,
+            threads=threads or default_threads(),
+            decode_tokens=tokens,
+            drop_cache=drop_cache,
+            progress=progress,
+        )
+    if as_json:
+        found = [one.model_dump(mode="json") for one in measured]
+        typer.echo(json.dumps({"image": str(picture), "question": asked, "bundles": found}))
+    else:
+        _print_bench(measured)
+
+
+def _print_bench(measured: Sequence[Measured]) -> None:
+    from rich.console import Console
+
+    from evals.bench import conditions, ratios, times
+
+    console = Console(highlight=False, markup=False)
+    console.print(times(measured))
+    if (compared := ratios(measured)) is not None:
+        console.print(compared)
+    console.print(conditions(measured[0].latency), soft_wrap=True)
+
+
+# --- report -----------------------------------------------------------
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm report demo-out/report/results.json
+
+    pocketvlm report demo-out/report/results.json --out page
+"""
+)
+def report(
+    results: Annotated[Path, typer.Argument(help="results.json of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Directory to write; default: where it lies.")] = None,
+) -> None:
+    """Draw a run's page again from its results.json; the path of index.html goes to stdout."""
+    _require("report", ("jinja2", "matplotlib"))
+    from evals.report import write_report
+    from evals.results import read
+
+    typer.echo(write_report(read(results), out or results.parent))
 
 
 # --- doctor -----------------------------------------------------------

@@ -61,7 +61,7 @@ def maskable(model: PreTrainedModel, kinds: Sequence[str] = (LANGUAGE,)) -> dict
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise CheckpointError(
-            f"{model.config.name_or_path}: a quantised teacher cannot be masked; give its unquantised checkpoint"
+            f"{model.config.name_or_path}: a quantised teacher cannot be masked; give the original weights"
         )
     head = {id(p) for p in model.get_output_embeddings().parameters()}
     head |= {id(p) for p in model.get_input_embeddings().parameters()} if EMBEDDINGS not in kinds else set()
@@ -87,7 +87,9 @@ class Masker:
     (Sec. 3.1, Eq. 1-2). Exactly floor(r * n) weights are masked; ties at the threshold go by position,
     so a smaller ratio keeps a superset of the weights of a larger one.
 
-    Only the values that a mask up to `r_max` can remove are kept aside, with their 32-bit places.
+    Only the values that a mask up to `r_max` can remove are kept aside, with one bit a weight that tells
+    their places: r_max of the weights' bytes, plus 1/16 in 16-bit and 1/32 in 32-bit floats
+    (`kept_bytes`). While weights may be masked, only `set` may change them.
     """
 
     def __init__(
@@ -99,17 +101,17 @@ class Masker:
         only: str = "*",
         progress: Callable[[str], None] | None = None,
     ) -> None:
+        if not 0 <= r_max < 1:
+            raise ValueError(f"mask: r_max {r_max} must be in [0, 1)")
         self.r_max = r_max
         self.ratio = 0.0
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._kept: list[_Kept] = []
         for name, weight in maskable(model, kinds).items():
             if not fnmatch.fnmatch(name, only):
                 continue
             if progress is not None:
                 progress(name)
-            flat = weight.data.view(-1)
-            order = flat.abs().argsort(stable=True)[: math.floor(r_max * flat.numel())]
-            self._tensors.append((flat, order.to(torch.int32), flat[order].clone()))
+            self._kept.append(_Kept(weight.data.view(-1), r_max))
 
     @torch.no_grad()
     def set(self, ratio: float) -> None:
@@ -118,17 +120,68 @@ class Masker:
             raise ValueError(
                 f"mask ratio {ratio} is outside 0..{self.r_max}; build the masker with a larger r_max"
             )
-        for flat, order, values in self._tensors:
-            now = math.floor(self.ratio * flat.numel() + 1e-9)
-            wanted = min(math.floor(ratio * flat.numel() + 1e-9), order.numel())
-            if wanted < now:
-                flat[order[wanted:now].long()] = values[wanted:now]
-            else:
-                flat[order[now:wanted].long()] = 0
+        if ratio != self.ratio:
+            for kept in self._kept:
+                kept.mask(ratio)
         self.ratio = ratio
 
     @property
     def sparsity(self) -> float:
         """Measured share of zeros in the masked tensors."""
-        zeros = sum(int((flat == 0).sum()) for flat, *_ in self._tensors)
-        return zeros / max(1, sum(flat.numel() for flat, *_ in self._tensors))
+        zeros = sum(int((kept.flat == 0).sum()) for kept in self._kept)
+        return zeros / max(1, sum(kept.flat.numel() for kept in self._kept))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes kept aside so that every weight can be put back."""
+        return sum(kept.values.nbytes + kept.bits.nbytes for kept in self._kept)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors that the mask touches."""
+        return sum(kept.flat.nbytes for kept in self._kept)
+
+
+class _Kept:
+    """What a mask up to `r_max` can remove from one tensor: the values in the tensor's order, and a bit
+    for each weight. Which of them a smaller ratio removes follows from the values alone."""
+
+    def __init__(self, flat: torch.Tensor, r_max: float) -> None:
+        self.flat = flat
+        removable = _smallest(flat.abs(), _share(r_max, flat.numel()))
+        self.values = flat[removable]
+        self.bits = _pack(removable)
+
+    def mask(self, ratio: float) -> None:
+        """Put every value back, then set the smallest floor(ratio * n) to zero."""
+        places = _unpack(self.bits, self.flat.numel()).nonzero()[:, 0]
+        wanted = _smallest(self.values.abs(), _share(ratio, self.flat.numel()))
+        self.flat[places] = self.values.masked_fill(wanted, 0)
+
+
+def _share(ratio: float, count: int) -> int:
+    """floor(ratio * count), of the decimal ratio that was written (0.29 * 100 is 29)."""
+    return math.floor(ratio * count + 1e-9 * max(1.0, ratio * count))
+
+
+def _smallest(magnitude_n: torch.Tensor, count: int) -> torch.Tensor:
+    """(n,) bool: exactly `count` smallest magnitudes; of equal ones at the threshold, the first places."""
+    if count == 0:
+        return torch.zeros_like(magnitude_n, dtype=torch.bool)
+    threshold = magnitude_n.kthvalue(count).values
+    chosen_n = magnitude_n < threshold
+    ties = (magnitude_n == threshold).nonzero()[:, 0]
+    chosen_n[ties[: count - int(chosen_n.sum())]] = True
+    return chosen_n
+
+
+def _pack(chosen_n: torch.Tensor) -> torch.Tensor:
+    """(ceil(n / 8),) uint8 from (n,) bool."""
+    padded = torch.nn.functional.pad(chosen_n.to(torch.uint8), (0, -len(chosen_n) % 8)).view(-1, 8)
+    return sum((padded[:, bit] << bit for bit in range(1, 8)), start=padded[:, 0].clone())
+
+
+def _unpack(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """(n,) bool from (ceil(n / 8),) uint8."""
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, None] >> place & 1).bool().flatten()[:count]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,8 @@ def pack(rows: Sequence[Sequence[Group]], pad_id: int) -> Tree:
     for index, columns in enumerate(laid):
         for field, column in zip(fields, columns[:4], strict=True):
             field[index, : len(column)] = column
-    row_t, place_t, target_t, response_t, group_r, length_r = [], [], [], [], [], []
+    columns_t: list[list[int]] = [[] for _ in range(6)]
+    row_t, place_t, target_t, response_t, group_r, length_r = columns_t
     groups = 0
     for index, (row, columns) in enumerate(zip(rows, laid, strict=True)):
         starts = iter(columns[4])
@@ -100,9 +101,7 @@ def pack(rows: Sequence[Sequence[Group]], pad_id: int) -> Tree:
                 length_r.append(len(response))
             groups += 1
     tensors = [torch.from_numpy(field) for field in fields]
-    flat = [
-        torch.tensor(x, dtype=torch.long) for x in (row_t, place_t, target_t, response_t, group_r, length_r)
-    ]
+    flat = [torch.tensor(x, dtype=torch.long) for x in columns_t]
     return Tree(*tensors, *flat)
 
 
@@ -162,8 +161,8 @@ def encode_images(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _hidden(model: PreTrainedModel, tree: Tree, features: torch.Tensor, **options: object) -> torch.Tensor:
-    image = BaseModelOutputWithPooling(pooler_output=list(features))
-    return model.base_model(
+    image = BaseModelOutputWithPooling(pooler_output=cast(torch.FloatTensor, list(features)))
+    return cast(Any, model.base_model)(
         input_ids=tree.ids_bl,
         mm_encoder_outputs={"image": image},
         attention_mask=tree.mask,
@@ -228,7 +227,7 @@ def sample(
         key_q, key_r = torch.cat([key_q, question_bs], 1), torch.cat([key_r, branch_bs], 1)
         ids_bs = torch.full_like(question_bs, pad_id)
         ids_bs[row_s, slot_s] = draw.last_ids_s
-        hidden = model.base_model(
+        hidden = cast(Any, model.base_model)(
             input_ids=ids_bs,
             attention_mask=_mask(question_bs, branch_bs, key_q, key_r, causal=False),
             position_ids=position_bs,

@@ -107,16 +107,20 @@ def write(
     return bundle.file_ref(directory, CASES_PATH)
 
 
-def check(session: Session, directory: Path) -> list[str]:
-    """One line for every difference between this runtime and the bundle's vectors; empty when it conforms."""
-    path = bundle.locate(directory, session.manifest.conformance.path)
+def read(directory: Path) -> tuple[Case, ...]:
+    """The cases of a bundle, at least one. Raises BundleError naming the file that cannot be read."""
+    path = bundle.locate(directory, bundle.read(directory, verify=False).conformance.path)
     try:
-        cases = Cases.model_validate_json(path.read_bytes()).cases
+        return Cases.model_validate_json(path.read_bytes()).cases
     except (OSError, ValidationError) as error:
         raise BundleError(
             f"{path}: no readable conformance cases ({str(error).splitlines()[0]}); re-export"
         ) from error
-    return [line for case in cases for line in _differences(session, directory, case)]
+
+
+def check(session: Session, directory: Path) -> list[str]:
+    """One line for every difference between this runtime and the bundle's vectors; empty when it conforms."""
+    return [line for case in read(directory) for line in _differences(session, directory, case)]
 
 
 def _differences(session: Session, directory: Path, case: Case) -> list[str]:
