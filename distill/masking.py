@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any, cast
 
 import torch
@@ -63,8 +64,8 @@ def maskable(model: PreTrainedModel, kinds: Sequence[str] = (LANGUAGE,)) -> dict
         raise CheckpointError(
             f"{model.config.name_or_path}: a quantised teacher cannot be masked; give the original weights"
         )
-    head = {id(p) for p in model.get_output_embeddings().parameters()}
-    head |= {id(p) for p in model.get_input_embeddings().parameters()} if EMBEDDINGS not in kinds else set()
+    taken = {id(p) for p in model.get_output_embeddings().parameters()}
+    taken |= {id(p) for p in model.get_input_embeddings().parameters()} if EMBEDDINGS not in kinds else set()
     decoder = {id(p) for p in cast(Any, model.base_model).get_decoder().parameters()}
     chosen = {}
     for name, module in model.named_modules():
@@ -75,8 +76,9 @@ def maskable(model: PreTrainedModel, kinds: Sequence[str] = (LANGUAGE,)) -> dict
             kind = EMBEDDINGS
         else:
             kind = LANGUAGE if id(weight) in decoder else VISION
-        if kind in kinds and id(weight) not in head:
+        if kind in kinds and id(weight) not in taken:
             chosen[f"{name}.weight"] = weight
+            taken.add(id(weight))  # a tensor that two modules share is masked once
     return chosen
 
 
@@ -161,7 +163,7 @@ class _Kept:
 
 def _share(ratio: float, count: int) -> int:
     """floor(ratio * count), of the decimal ratio that was written (0.29 * 100 is 29)."""
-    return math.floor(ratio * count + 1e-9 * max(1.0, ratio * count))
+    return math.floor(Fraction(str(float(ratio))) * count)
 
 
 def _smallest(magnitude_n: torch.Tensor, count: int) -> torch.Tensor:
