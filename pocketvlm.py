@@ -269,10 +269,10 @@ def bench(
         found = [one.model_dump(mode="json") for one in measured]
         typer.echo(json.dumps({"image": str(picture), "question": asked, "bundles": found}))
     else:
-        _print_bench(measured)
+        _print_bench(measured, picture, asked)
 
 
-def _print_bench(measured: Sequence[Measured]) -> None:
+def _print_bench(measured: Sequence[Measured], image: Path, question: str) -> None:
     from rich.console import Console
 
     from evals.bench import conditions, ratios, times
@@ -281,7 +281,7 @@ def _print_bench(measured: Sequence[Measured]) -> None:
     console.print(times(measured))
     if (compared := ratios(measured)) is not None:
         console.print(compared)
-    console.print(conditions(measured[0].latency), soft_wrap=True)
+    console.print(f"{image.name}: {question.strip()!r}; {conditions(measured[0].latency)}", soft_wrap=True)
 
 
 # --- report -----------------------------------------------------------
