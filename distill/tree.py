@@ -155,9 +155,8 @@ def _mask(
 
 def encode_images(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
     """Image features (B, tokens, hidden) of one image a row, pixels (B, 3, H, W)."""
-    return torch.stack(
-        list(model.get_image_features(pixel_values=pixels[:, None], return_dict=True).pooler_output)
-    )
+    found = cast(Any, model).get_image_features(pixel_values=pixels[:, None], return_dict=True)
+    return torch.stack(list(found.pooler_output))
 
 
 def _hidden(model: PreTrainedModel, tree: Tree, features: torch.Tensor, **options: object) -> torch.Tensor:
