@@ -28,6 +28,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -200,6 +201,7 @@ def sample(
 
     Every token is drawn from the processed distribution (repetition penalty, temperature, top-k,
     top-p, in the order of transformers' generate); its recorded log-prob is the raw one (METHOD 5: mu).
+    The image placeholder is never drawn: a response that holds it could not be scored again.
     """
     tree = pack([[Group(group.prompt) for group in row] for row in rows], pad_id)
     cache = DynamicCache(config=model.config.get_text_config())
@@ -219,7 +221,7 @@ def sample(
     row_s, slot_s = _response_slots(row_g, number_g, count)
     logits_sv = head(hidden[row_g, last_g]).float().repeat_interleave(count, 0)
 
-    draw = _Drawer(rows, count, sampling, generator, pad_id, eos_id)
+    draw = _Drawer(rows, count, sampling, generator, pad_id, eos_id, never=[model.config.image_token_id])
     key_q, key_r = tree.question_bl, tree.response_bl
     while not draw.step(logits_sv):
         position_bs = position_bs + 1
@@ -267,6 +269,7 @@ class _Drawer:
         generator: torch.Generator,
         pad_id: int,
         eos_id: int,
+        never: Sequence[int] = (),
     ) -> None:
         prompts = [group.prompt for row in rows for group in row for _ in range(count)]
         width = max(map(len, prompts))
@@ -279,6 +282,8 @@ class _Drawer:
         if not sampling.greedy:
             if sampling.repetition_penalty != 1.0:
                 self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            if never:
+                self.processors.append(SuppressTokensLogitsProcessor(list(never)))
             if sampling.top_k:
                 self.processors.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1.0:
@@ -288,16 +293,19 @@ class _Drawer:
     def last_ids_s(self) -> torch.Tensor:
         return self.ids_sl[:, -1]
 
+    def scores(self, logits_sv: torch.Tensor) -> torch.Tensor:
+        """The processed scores that a token is drawn from; they depend on each sequence's own ids only."""
+        return self.processors(
+            cast(torch.LongTensor, self.ids_sl),
+            cast(torch.FloatTensor, logits_sv / self.sampling.temperature),
+        )
+
     def step(self, logits_sv: torch.Tensor) -> bool:
         """Draw one token each; True when every response has ended or is at its longest."""
         if self.sampling.greedy:
             drawn_s = logits_sv.argmax(-1)
         else:
-            scores_sv = self.processors(
-                cast(torch.LongTensor, self.ids_sl),
-                cast(torch.FloatTensor, logits_sv / self.sampling.temperature),
-            )
-            drawn_s = torch.multinomial(scores_sv.softmax(-1), 1, generator=self.generator)[:, 0]
+            drawn_s = torch.multinomial(self.scores(logits_sv).softmax(-1), 1, generator=self.generator)[:, 0]
         raw_s = logits_sv.log_softmax(-1).gather(-1, drawn_s[:, None])[:, 0]
         drawn_s = drawn_s.masked_fill(self.done_s, self.pad_id)
         self.ids_sl = torch.cat([self.ids_sl, drawn_s[:, None]], 1)
