@@ -273,7 +273,8 @@ class _Drawer:
     ) -> None:
         prompts = [group.prompt for row in rows for group in row for _ in range(count)]
         width = max(map(len, prompts))
-        self.ids_sl = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+        # filled with a token of the prompt's own: the repetition penalty then sees nothing else
+        self.ids_sl = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts])
         self.start = width
         self.log_probs: list[torch.Tensor] = []
         self.done_s = torch.zeros(len(prompts), dtype=torch.bool)
