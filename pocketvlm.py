@@ -79,6 +79,39 @@ def _root(
     pass
 
 
+# --- demo -------------------------------------------------------------
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm demo
+
+    pocketvlm demo --smoke --out /tmp/smoke
+"""
+)
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes; the same directory resumes.")] = Path(
+        "demo-out"
+    ),
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same stages, too short to learn much.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another draw of everything random.")] = None,
+) -> None:
+    """Distil, export, answer and measure on real data, from nothing to a report; resumes when interrupted."""
+    _require("distill", ("torch", "torchvision", "transformers", "accelerate", "easy_vqa", "psutil", "yaml"))
+    _require("export", ("onnx", "onnx_ir", "onnxscript", "onnxruntime"))
+    _require("report", ("jinja2", "matplotlib"))
+    from rich.console import Console
+
+    from distill import demo_run, recipe
+    from export import export_all
+
+    plan = recipe.read(recipe.RECIPES / "demo.yaml", smoke=smoke, seed=seed)
+    command = " ".join(["pocketvlm", *sys.argv[1:]])
+    console = Console(stderr=True)
+    typer.echo(demo_run.run(out, plan, export_all, command=command, smoke=smoke, console=console))
+
+
 # --- run --------------------------------------------------------------
 
 
