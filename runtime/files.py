@@ -152,11 +152,11 @@ def write_shard(path: Path, rows: list[Any]) -> None:
 
 def read_shard(path: Path) -> list[Any]:
     """Rows of a sealed shard. Raises StateError when the seal is missing or does not match."""
-    *lines, last = path.read_text().splitlines(keepends=True)
+    *lines, last = path.read_bytes().splitlines(keepends=True) or [b""]
     try:
         seal = json.loads(last)["sha256"]
     except (ValueError, KeyError, TypeError):
         seal = "none"
-    if seal != hashlib.sha256("".join(lines).encode()).hexdigest():
+    if seal != hashlib.sha256(b"".join(lines)).hexdigest():
         raise StateError(f"{path}: the shard's seal does not match its rows; delete this file and run again")
     return [json.loads(line) for line in lines]
