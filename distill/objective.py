@@ -27,6 +27,11 @@ class Objective:
     truncate_negatives: bool = True  # negatives weigh sg(clip(pi / mu, 0, 1))
 
     @classmethod
+    def robust(cls) -> Objective:
+        """The default."""
+        return cls()
+
+    @classmethod
     def paper(cls) -> Objective:
         return cls(gate=False, std_floor=1e-4, truncate_negatives=False)
 
