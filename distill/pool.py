@@ -138,10 +138,11 @@ def _draw_shard(
 
 
 def load(directory: Path, source: str) -> Responses:
-    """Every sealed shard of a directory."""
+    """Every sealed shard of a directory; the responses of a question that was visited twice are merged."""
     found: Responses = {}
     for path in sorted(directory.glob("*.jsonl")):
         for question, ids, times, mu in files.read_shard(path):
             teacher, student = (times, 0) if source == "teacher" else (0, times)
-            found.setdefault(question, []).append(Response(tuple(ids), teacher, student, tuple(mu)))
+            response = Response(tuple(ids), teacher, student, tuple(mu))
+            found[question] = merge(found.get(question, []), [response])
     return found
