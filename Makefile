@@ -17,7 +17,7 @@ ARGS ?=
 DEMO_EXTRAS := distill,export,onnx,report
 DEV_EXTRAS := $(DEMO_EXTRAS),dev
 # Pinned by `make lock` although no extra needs them yet: GGUF writing, LoRA, data sets, k-means palettes, servers.
-LATER := gguf peft datasets scikit-learn openai setuptools
+LATER := gguf peft datasets scikit-learn openai
 
 # Waiting threads sleep instead of burning the core that another thread needs.
 export OMP_WAIT_POLICY := PASSIVE
