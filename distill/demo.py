@@ -122,7 +122,7 @@ def train_labels(
     """The teacher (`everything`: all images but validation) or a student's warm-up (labelled images)."""
     if target.exists():
         return
-    work = target.parent / f"{target.name}.work"
+    work = out / "work" / f"{target.name}.work"
     parts = split(out)
     images = parts.labelled + parts.unlabelled if everything else parts.labelled
     model = new_model(out, recipe, sizes, work / "initial")
@@ -281,13 +281,13 @@ def _sft_plan(out: Path, recipe: Recipe, student: str, tokens: float) -> plans.L
     return _label_plan(out, parts.labelled, train, recipe.seed + 1, parts.labelled)
 
 
-def test(out: Path, name: str, directory: Path) -> None:
+def test(out: Path, name: str, directory: Path, limit: int | None = None) -> None:
     """Free answers of a checkpoint to every test question, once, after everything was chosen."""
     target = out / "work" / "test" / f"{name}.json"
     if target.exists():
         return
     vqa_data = data(out, "test")
-    texts = vqa.answers(load(directory), vqa_data, sorted(vqa_data.by_image))
+    texts = vqa.answers(load(directory), vqa_data, sorted(vqa_data.by_image)[:limit])
     files.write_json(target, {str(question): text for question, text in sorted(texts.items())})
 
 

@@ -224,7 +224,8 @@ def _tests(out: Path) -> dict[str, AccuracyResult]:
     found = {}
     for path in sorted((out / "work" / "test").glob("*.json")):
         texts = files.read_json(path)
-        found[path.stem] = AccuracyResult.of(questions, [texts[str(q.id)] for q in questions])
+        given = [q for q in questions if str(q.id) in texts]
+        found[path.stem] = AccuracyResult.of(given, [texts[str(q.id)] for q in given])
     return found
 
 

@@ -126,7 +126,11 @@ def _test_jobs(out: Path, plan: Recipe) -> list[Job]:
         for method in (MASTERS, KD, SFT):
             named[final_name(student, method)] = out / final_name(student, method)
     return [
-        Job(name, demo.test, {"out": out, "name": name, "directory": directory})
+        Job(
+            name,
+            demo.test,
+            {"out": out, "name": name, "directory": directory, "limit": plan.measure.test_images},
+        )
         for name, directory in named.items()
     ]
 

@@ -190,10 +190,7 @@ class PoolPlan:
         reference_tv: torch.Tensor | None,
     ) -> objective.Batch:
         asked = [q for row in rows for q in row.questions for _ in self._responses[q]]
-        correct = [
-            scorers.exact(self.data.text(response.ids), self.reference[q])
-            for q, response in zip(asked, responses, strict=True)
-        ]
+        correct = [self._right(q, response) for q, response in zip(asked, responses, strict=True)]
         return objective.Batch(
             target_t=packed.target_t,
             response_t=packed.response_t,
@@ -206,6 +203,11 @@ class PoolPlan:
             teacher_tv=teacher_tv,
             reference_tv=reference_tv,
         )
+
+    def _right(self, question: int, response: Response) -> int:
+        """R_acc. Where no reference answer is known ("": the teacher said nothing) none is right."""
+        reference = self.reference[question]
+        return scorers.exact(self.data.text(response.ids), reference) if reference else 0
 
 
 @torch.no_grad()

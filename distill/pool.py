@@ -66,10 +66,14 @@ def merge(first: Sequence[Response], second: Sequence[Response]) -> list[Respons
 def majority(
     responses: Sequence[Response], text: Callable[[Sequence[int]], str], last: Callable[[str], str]
 ) -> str:
-    """The most frequent final answer: the reference of a question without a label (METHOD 4)."""
-    votes: Counter[str] = Counter()
+    """The most frequent final answer: the reference of a question without a label (METHOD 4).
+
+    A response without an answer is no vote; "" where no response has one.
+    """
+    votes: Counter[str] = Counter({"": 0})
     for response in responses:
-        votes[last(text(response.ids))] += response.count
+        answer = last(text(response.ids))
+        votes[answer] += response.count if answer else 0
     return votes.most_common(1)[0][0]
 
 

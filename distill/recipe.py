@@ -90,6 +90,9 @@ class Export(_Strict):
 
 
 class Measure(_Strict):
+    """Questions that checkpoint and bundles both answer, timing repeats; `test_images` shortens a trial."""
+
+    test_images: Positive | None = None
     answers: Positive
     latency_rounds: Positive
     latency_repeats: Positive

@@ -25,6 +25,8 @@ from distill.jobs import Job, Tick, Workers, resident_mib
 from runtime.files import Ledger
 
 SHOWN = ("loss", "divergence", "r_acc")
+LOG_SECONDS = 30
+"""Where the output is no terminal, a line this often says how far the running job is."""
 
 
 class Stages:
@@ -66,12 +68,17 @@ class Stages:
 
     def _run_jobs(self, jobs: Sequence[Job], progress: Progress) -> list[Any]:
         lines: dict[str, Any] = {}
+        quiet_until = time.monotonic() + LOG_SECONDS
 
         def on_tick(tick: Tick) -> None:
             if tick.job not in lines:
                 lines[tick.job] = progress.add_task(f"  {tick.job}", total=tick.total, figures="")
+            nonlocal quiet_until
             figures = "  ".join(f"{k} {tick.figures[k]:.3f}" for k in SHOWN if k in tick.figures)
             progress.update(lines[tick.job], completed=tick.done, total=tick.total, figures=figures)
+            if not self.console.is_terminal and time.monotonic() > quiet_until:
+                quiet_until = time.monotonic() + LOG_SECONDS
+                self.console.print(f"  {tick.job} {tick.done}/{tick.total}  {figures}")
             if tick.done >= tick.total:
                 progress.update(lines[tick.job], visible=False)
 

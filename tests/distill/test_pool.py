@@ -144,4 +144,5 @@ def test_majority_counts_responses_by_their_answer() -> None:
 
     assert vote((1, 3), (2, 2), (3, 2)) == "no"
     assert vote((1, 3), (2, 1), (3, 1)) == "yes"
-    assert vote((2, 1)) == "no"
+    assert vote((4, 5), (2, 1)) == "no", "silence is no vote"
+    assert vote((4, 5)) == "", "but where nobody said anything there is no answer"
