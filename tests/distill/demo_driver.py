@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import yaml
+
 from distill import recipe
 
 TINY = {
