@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,12 @@ def question() -> Question:
 
 
 @pytest.fixture(scope="module")
-def bundles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def bundles(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     from export import export_checkpoint
 
     out = tmp_path_factory.mktemp("bundles")
-    return [export_checkpoint(tiny_checkpoint, out / name, precision=name) for name in ("fp32", "int8")]
+    shutil.copytree(tiny_bundle, out / "fp32")
+    return [out / "fp32", export_checkpoint(tiny_checkpoint, out / "int8", precision="int8")]
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,6 @@ import pytest
 from runtime.session import Session, open_bundle
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as a float32 ONNX bundle, made by the real exporter."""
-    from export import export_checkpoint
-
-    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("bundles") / "tiny")
-
-
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle that a test may damage."""
