@@ -76,7 +76,8 @@ def ratios(measured: Sequence[Measured]) -> Table | None:
 
     if len(measured) < 2:
         return None
-    table = Table(title=f"time over {measured[0].bundle}'s, 95 % interval", title_justify="left")
+    title = f"time over {measured[0].bundle}'s, 95 % interval"
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
     for one in measured[1:]:
         table.add_column(one.bundle, justify="right", overflow="fold")
