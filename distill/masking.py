@@ -105,7 +105,7 @@ class Masker:
     ) -> None:
         if not 0 <= r_max < 1:
             raise ValueError(f"mask: r_max {r_max} must be in [0, 1)")
-        self.r_max = r_max
+        self.r_max, self.kinds = r_max, tuple(kinds)
         self.ratio = 0.0
         self._kept: list[_Kept] = []
         for name, weight in maskable(model, kinds).items():

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill import objective, pool, tree
-from distill.masking import Masker
+from distill.masking import LANGUAGE, Masker
 from distill.objective import Objective
 from distill.pool import Response, Row
 from distill.vqa import VqaData, shifted
@@ -85,7 +85,8 @@ class PoolPlan:
 
     A step takes `rows_per_step` rows of the running stage. At the start of each stage the student answers
     the stage's questions; those responses join the teacher's. The teacher's image features are computed
-    once, for masks do not touch vision; its log-probs are recomputed at every step under the stage's mask.
+    once, or for every stage where the mask touches more than the language model; its log-probs are
+    recomputed at every step under the stage's mask.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class PoolPlan:
         self._responses: pool.Responses = {}
         images = sorted({row.image for stage in stages for row in stage.rows})
         self._place = {image: i for i, image in enumerate(images)}
+        self._images = images
         self._teacher_features = _all_features(teacher, data, images)
         self._initial_features = _all_features(initial, data, images) if switches.kl_beta else None
 
@@ -129,6 +131,8 @@ class PoolPlan:
             return
         stage = self.stages[number]
         self.masker.set(stage.ratio)
+        if set(self.masker.kinds) != {LANGUAGE}:
+            self._teacher_features = _all_features(self.teacher, self.data, self._images)
         self._responses = pool.load(stage.pool, "teacher")
         if self.student_responses:
             model.eval()

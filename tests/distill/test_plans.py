@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill import objective, plans, pool, tree
+from distill.masking import LANGUAGE, VISION, Masker
 from distill.objective import Objective
 from distill.vqa import VqaData, shifted
 from evals import scorers
@@ -160,6 +161,21 @@ def test_stages(
     assert sparsity == pytest.approx([0.4] * 3 + [0.2] * 3 + [0.0] * 3, abs=1e-3)
     assert drawn == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert tiny_model.training, "drawing must not leave the student in evaluation mode"
+
+
+def test_a_mask_on_vision_changes_the_features(
+    tiny_model: Any, tiny_checkpoint: Path, teacher: Path, data: VqaData, pools: Path, tmp_path: Path
+) -> None:
+    """What the teacher sees at a stage comes from the masked vision encoder, not from the full one."""
+    plan = plan_for(teacher, tiny_checkpoint, data, pools, tmp_path, student_responses=0)
+    plan.masker = Masker(plan.teacher, 0.4, (LANGUAGE, VISION))
+    before = plan._teacher_features
+    plan.prepare(tiny_model, 0)
+    assert not torch.equal(plan._teacher_features, before)
+    images = [row.image for row in training.rows(data)[:2]]
+    place = [plan._place[image] for image in images]
+    masked = tree.encode_images(plan.teacher, data.pixels(images))
+    torch.testing.assert_close(plan._teacher_features[place], masked)
 
 
 def test_shares_of_the_gradient(
