@@ -186,19 +186,24 @@ def ratios(out: Path, recipe: Recipe) -> tuple[float, ...]:
     return masking.schedule(r_max, r_max / (count - 1)) if r_max else (0.0,) * count
 
 
+def pool_name(stage: int, ratio: float) -> str:
+    """Directory of what the teacher, masked at `ratio`, answered to a stage's questions."""
+    return f"stage-{stage}" if ratio else f"full-{stage}"
+
+
 def stages(out: Path, recipe: Recipe) -> list[plans.Stage]:
-    """Equal shares of the rows for each mask ratio."""
+    """Equal shares of the rows for each mask ratio. At ratio 0 the stage's pool is the full teacher's."""
     every = rows(out, recipe)
     cuts = np.linspace(0, len(every), recipe.masks.stages + 1).astype(int)
     return [
-        plans.Stage(ratio, tuple(every[cuts[i] : cuts[i + 1]]), out / "work" / "pool" / f"stage-{i}")
+        plans.Stage(ratio, tuple(every[cuts[i] : cuts[i + 1]]), out / "work" / "pool" / pool_name(i, ratio))
         for i, ratio in enumerate(ratios(out, recipe))
     ]
 
 
-def draw_pool(out: Path, recipe: Recipe, stage: int, ratio: float, name: str) -> None:
+def draw_pool(out: Path, recipe: Recipe, stage: int, ratio: float) -> None:
     """Let the teacher, masked at `ratio`, answer the questions of a stage."""
-    directory = out / "work" / "pool" / name
+    directory = out / "work" / "pool" / pool_name(stage, ratio)
     done = directory / "done.json"
     if done.exists():
         return

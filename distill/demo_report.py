@@ -18,6 +18,7 @@ import runtime
 from distill import demo, jobs, pool
 from distill.demo import KD, MASTERS, SFT
 from distill.jobs import Job
+from distill.plans import NORMS_EVERY
 from distill.recipe import Recipe
 from evals import accuracy, easy_vqa, gather, latency
 from evals.accuracy import AccuracyResult
@@ -63,7 +64,7 @@ CURVES = {
     "grad_share_reference": "grad_share_reference_kl",
     "mask_ratio": "mask_ratio",
 }
-PER_POINT = 20  # steps that one point of a curve averages
+PER_POINT = NORMS_EVERY  # steps that one point of a curve averages
 
 
 def final_name(student: str, method: str) -> str:

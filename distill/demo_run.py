@@ -88,8 +88,8 @@ def _pool_jobs(out: Path, plan: Recipe) -> list[Job]:
     """Each stage's masked teacher, and the full one everywhere: its majority is the missing label."""
     jobs = []
     for stage, ratio in enumerate(demo.ratios(out, plan)):
-        for name, asked in ((f"full-{stage}", 0.0), (f"stage-{stage}", ratio)):
-            arguments = {"out": out, "recipe": plan, "stage": stage, "ratio": asked, "name": name}
+        for asked in sorted({0.0, ratio}):
+            arguments = {"out": out, "recipe": plan, "stage": stage, "ratio": asked}
             jobs.append(Job(f"stage {stage}, r = {asked:g}", demo.draw_pool, arguments))
     return jobs
 

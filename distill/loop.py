@@ -8,7 +8,6 @@ All randomness of a step comes from (seed, step), so nothing random is carried b
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from runtime import files
+from runtime.errors import TrainingError
 
 STATE = "state.pt"
 
@@ -119,7 +119,10 @@ def fit(
     save_every: int = 200,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train in place and return the log, one entry a step. Continues from `directory` if cut there before."""
+    """Train in place and return the log, one entry a step. Continues from `directory` if cut there before.
+
+    Raises TrainingError when the loss is no longer finite.
+    """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     optimizer = HiddenMuon(model, settings)
     start, log = _restore(directory, model, optimizer)
@@ -136,7 +139,7 @@ def fit(
         optimizer.zero_grad()
         log.append({"step": step, "loss": loss.item(), "grad_norm": norm.item(), **figures})
         if not math.isfinite(log[-1]["loss"]):
-            raise FloatingPointError(
+            raise TrainingError(
                 f"{directory}: loss is {log[-1]['loss']} at step {step}; lower the learning rate"
             )
         if progress is not None:
@@ -147,8 +150,8 @@ def fit(
 
 def _save(directory: Path, model: PreTrainedModel, optimizer: HiddenMuon, step: int, log: list[Any]) -> None:
     buffer = io.BytesIO()
-    torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    files.write_text(directory / f"log-{step}.json", json.dumps(log))
+    state = {"step": step, "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, buffer)
     files.write_bytes(directory / STATE, buffer.getvalue())
 
 
@@ -161,4 +164,4 @@ def _restore(
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], json.loads((directory / f"log-{state['step']}.json").read_text())
+    return state["step"], state["log"]

@@ -23,6 +23,10 @@ from distill.vqa import VqaData, shifted
 from evals import scorers
 
 
+NORMS_EVERY = 40
+"""Steps between two measurements of each term's gradient norm; one costs three backward passes."""
+
+
 class LabelPlan:
     """Cross-entropy on target responses. A step takes some images and some questions about each."""
 
@@ -103,7 +107,7 @@ class PoolPlan:
         rows_per_step: int,
         student_responses: int,
         seed: int,
-        norms_every: int = 20,
+        norms_every: int = NORMS_EVERY,
     ) -> None:
         self.data, self.stages, self.teacher, self.masker = data, list(stages), teacher, masker
         self.initial, self.reference, self.switches, self.directory = initial, reference, switches, directory

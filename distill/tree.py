@@ -29,7 +29,6 @@ from transformers import (
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -285,28 +284,29 @@ class _Drawer:
                 self.processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
             if never:
                 self.processors.append(SuppressTokensLogitsProcessor(list(never)))
-            if sampling.top_k:
-                self.processors.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1.0:
-                self.processors.append(TopPLogitsWarper(sampling.top_p))
+        self.nucleus = LogitsProcessorList([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else [])
 
     @property
     def last_ids_s(self) -> torch.Tensor:
         return self.ids_sl[:, -1]
 
-    def scores(self, logits_sv: torch.Tensor) -> torch.Tensor:
-        """The processed scores that a token is drawn from; they depend on each sequence's own ids only."""
-        return self.processors(
-            cast(torch.LongTensor, self.ids_sl),
-            cast(torch.FloatTensor, logits_sv / self.sampling.temperature),
-        )
+    def candidates(self, logits_sv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Processed scores of the top-k tokens (S, k), and their ids. Sorting and drawing among k instead of
+        the whole vocabulary gives the same distribution. It depends on each sequence's own ids only."""
+        ids_sl = cast(torch.LongTensor, self.ids_sl)
+        scores_sv = self.processors(ids_sl, cast(torch.FloatTensor, logits_sv / self.sampling.temperature))
+        vocabulary = scores_sv.shape[-1]
+        scores_sk, ids_sk = scores_sv.topk(min(self.sampling.top_k or vocabulary, vocabulary))
+        return self.nucleus(ids_sl, cast(torch.FloatTensor, scores_sk)), ids_sk
 
     def step(self, logits_sv: torch.Tensor) -> bool:
         """Draw one token each; True when every response has ended or is at its longest."""
         if self.sampling.greedy:
             drawn_s = logits_sv.argmax(-1)
         else:
-            drawn_s = torch.multinomial(self.scores(logits_sv).softmax(-1), 1, generator=self.generator)[:, 0]
+            scores_sk, ids_sk = self.candidates(logits_sv)
+            place_s = torch.multinomial(scores_sk.softmax(-1), 1, generator=self.generator)
+            drawn_s = ids_sk.gather(-1, place_s)[:, 0]
         raw_s = logits_sv.log_softmax(-1).gather(-1, drawn_s[:, None])[:, 0]
         drawn_s = drawn_s.masked_fill(self.done_s, self.pad_id)
         self.ids_sl = torch.cat([self.ids_sl, drawn_s[:, None]], 1)

@@ -6,7 +6,8 @@
     |-- InputError      an image, question or option cannot be used
     |-- MissingExtra    an optional dependency is not installed
     |-- ParityError     an exported part does not reproduce the checkpoint
-    `-- StateError      an output directory holds something else than the command expects
+    |-- StateError      an output directory holds something else than the command expects
+    `-- TrainingError   training cannot go on
 
 A message says where, what it got, what it wanted and what to do next.
 """
@@ -36,6 +37,10 @@ class ParityError(PocketError):
 
 class StateError(PocketError):
     """An output directory holds something else than the command expects."""
+
+
+class TrainingError(PocketError):
+    """Training cannot go on."""
 
 
 class MissingExtra(PocketError):

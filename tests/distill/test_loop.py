@@ -17,6 +17,7 @@ import torch
 from distill import loop
 from distill.vqa import VqaData
 from runtime import files
+from runtime.errors import TrainingError
 from tests.checkpoints import write_smolvlm
 from tests.distill import training
 
@@ -242,7 +243,7 @@ def test_a_loss_that_is_no_number(tiny_checkpoint: Path, data: VqaData, tmp_path
     plan = training.label_plan(data)
     loss = plan.loss
     plan.loss = lambda model, step: (loss(model, step)[0] * (math.inf if step == 2 else 1), {})  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match="loss is inf at step 2; lower the learning rate"):
+    with pytest.raises(TrainingError, match="loss is inf at step 2; lower the learning rate"):
         fit(tiny_checkpoint, plan, tmp_path)
 
 

@@ -202,6 +202,12 @@ def test_recorded_log_probs_are_raw_and_right(
     torch.testing.assert_close(recorded, chosen, atol=2e-5, rtol=1e-5)
 
 
+def full(drawer: tree._Drawer, logits: torch.Tensor) -> torch.Tensor:
+    """The drawer's processed scores over the whole vocabulary, as transformers' processors give them."""
+    scores, ids = drawer.candidates(logits)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, scores)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -231,7 +237,7 @@ def test_the_distribution_is_generates(
     )
     for step, (raw, processed) in enumerate(zip(found.logits, found.scores, strict=True)):
         drawer.ids_sl = found.sequences[:, : len(prompt) + step]
-        ours = drawer.scores(raw)
+        ours = full(drawer, raw)
         torch.testing.assert_close(ours.softmax(-1), processed.softmax(-1), atol=1e-6, rtol=1e-5)
         assert torch.equal(ours.isfinite(), processed.isfinite())
 
@@ -288,6 +294,6 @@ def test_company_changes_nothing(tiny_model: Any, data: VqaData, ids: dict[str, 
     short, long = Group(data.prompt("what")), Group(data.prompt(QUESTIONS[1]))
     sampling = Sampling(repetition_penalty=2.0, top_k=0, top_p=1.0)
     logits = torch.linspace(-3, 3, len(data.tokenizer))[None]
-    alone = tree._Drawer([[short]], 1, sampling, torch.Generator(), **ids).scores(logits)
-    beside = tree._Drawer([[short, long]], 1, sampling, torch.Generator(), **ids).scores(logits.repeat(2, 1))
+    alone = full(tree._Drawer([[short]], 1, sampling, torch.Generator(), **ids), logits)
+    beside = full(tree._Drawer([[short, long]], 1, sampling, torch.Generator(), **ids), logits.repeat(2, 1))
     assert torch.equal(alone[0], beside[0])
