@@ -22,7 +22,6 @@ from distill.pool import Response, Row
 from distill.vqa import VqaData, shifted
 from evals import scorers
 
-
 NORMS_EVERY = 40
 """Steps between two measurements of each term's gradient norm; one costs three backward passes."""
 
