@@ -19,10 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+
+from runtime.errors import StateError
 
 PR_SET_PDEATHSIG = 1
 MEMORY_SECONDS = 2.0
@@ -132,8 +135,14 @@ def _drain(ticks: Any) -> Iterator[Tick]:
 
 def _raise_first(futures: Sequence[Future[Any]]) -> None:
     for future in futures:
-        if future.done() and not future.cancelled() and future.exception() is not None:
-            raise future.exception()  # type: ignore[misc]
+        error = future.exception() if future.done() and not future.cancelled() else None
+        if isinstance(error, BrokenProcessPool):
+            raise StateError(
+                "a worker process was ended from outside (too little memory?); "
+                "run the same command again, it goes on where it was"
+            ) from error
+        if error is not None:
+            raise error
 
 
 def _start(ticks: Any, parent: int) -> None:
