@@ -153,8 +153,10 @@ def run(
         if as_json:
             typer.echo(json.dumps(_answer_as_dict(session, image, question, options), ensure_ascii=False))
             return
+        started = False
         for piece in session.stream(image, question, options):
-            sys.stdout.write(piece)
+            sys.stdout.write(piece if started else piece.lstrip())  # an answer often begins with a blank
+            started = started or bool(piece.strip())
             sys.stdout.flush()
         typer.echo()
         typer.echo(_timing_line(session.load_ms, session.last_stats), err=True)
@@ -226,6 +228,9 @@ def export(
         str, typer.Option(help="fp32, int8, int4, or several of them separated by commas.")
     ] = "fp32",
     name: Annotated[str | None, typer.Option(help="Name of the bundles; default: the checkpoint's.")] = None,
+    image_required: Annotated[
+        bool, typer.Option("--image-required", help="The bundle refuses a question without an image.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Export a checkpoint to bundles that answer as it does; their paths go to stdout, one a line."""
@@ -236,7 +241,9 @@ def export(
     from export import export_all
 
     with _progress("export") as progress:
-        bundles = export_all(checkpoint, out, precisions, to=to, name=name, progress=progress)
+        bundles = export_all(
+            checkpoint, out, precisions, to=to, name=name, image_required=image_required, progress=progress
+        )
     if as_json:
         typer.echo(json.dumps({"bundles": [str(path) for path in bundles]}))
     else:

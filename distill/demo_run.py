@@ -24,7 +24,7 @@ from evals import easy_vqa
 from runtime import files
 
 Export = Callable[..., Any]
-"""`export.export_all(checkpoint, out_dir, precisions, name=...)`."""
+"""`export.export_all(checkpoint, out_dir, precisions, name=..., image_required=...)`."""
 RunJobs = Callable[[Sequence[Job]], list[Any]]
 
 
@@ -146,6 +146,7 @@ def _export_jobs(out: Path, plan: Recipe, export: Export) -> list[Job]:
                 "out_dir": out / "bundles",
                 "precisions": tuple(plan.export.precisions),
                 "name": student,
+                "image_required": True,
             },
         )
         for student in plan.students

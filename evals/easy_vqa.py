@@ -1,4 +1,4 @@
-"""easy-VQA, the embedded task: 5,000 real pictures of a coloured shape with 48,248 questions.
+"""easy-VQA, the embedded task: 5,000 pictures of one coloured shape each, with 48,248 questions.
 
 In: the PyPI package `easy-vqa` (its data files only; the package itself is never imported).
 Out: questions with their image's path. Not here: who may see a label, tokens, scoring.

@@ -33,12 +33,14 @@ def export_checkpoint(
     precision: str = "fp32",
     name: str | None = None,
     sample_images: Sequence[ImageInput] = (),
+    image_required: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write one bundle to `out` and return it; the parity gate has passed when this returns.
 
-    `sample_images` (paths, bytes or PIL images) join the gate's own pictures. `progress` gets one line at the
-    start of every step. Raises PocketError: CheckpointError, InputError, ParityError or StateError.
+    `sample_images` (paths, bytes or PIL images) join the gate's own pictures. With `image_required` the
+    bundle refuses a question without an image, which a model that never saw one would answer blindly.
+    `progress` gets one line at the start of every step. Raises PocketError: CheckpointError, InputError, ParityError or StateError.
     """
     _check_names(to, [precision])
     from export.onnx import export_onnx
@@ -48,6 +50,7 @@ def export_checkpoint(
         {precision: Path(out)},
         names={precision: name or Path(out).name},
         sample_images=sample_images,
+        image_required=image_required,
         progress=progress,
     )
     return found[0]
@@ -61,6 +64,7 @@ def export_all(
     to: str = "onnx",
     name: str | None = None,
     sample_images: Sequence[ImageInput] = (),
+    image_required: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write `<out_dir>/<name>-<to>-<precision>` for every precision from one trace of the checkpoint.
@@ -74,7 +78,14 @@ def export_all(
     base = name or Path(checkpoint).resolve().name
     names = {precision: f"{base}-{to}-{precision}" for precision in precisions}
     targets = {precision: Path(out_dir) / names[precision] for precision in precisions}
-    return export_onnx(Path(checkpoint), targets, names=names, sample_images=sample_images, progress=progress)
+    return export_onnx(
+        Path(checkpoint),
+        targets,
+        names=names,
+        sample_images=sample_images,
+        image_required=image_required,
+        progress=progress,
+    )
 
 
 def _check_names(to: str, precisions: Sequence[str]) -> None:

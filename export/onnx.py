@@ -87,6 +87,7 @@ def export_onnx(
     *,
     names: Mapping[str, str],
     sample_images: Sequence[ImageInput] = (),
+    image_required: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate."""
@@ -95,7 +96,7 @@ def export_onnx(
         target.check(path)
     say = progress or (lambda _: None)
     say("reading the checkpoint")
-    facts = prepare(load(checkpoint), sample_images, say)
+    facts = prepare(load(checkpoint), sample_images, say, image_required=image_required)
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
         if "fp32" not in targets:
             # the rounded parts are judged by the float graphs, so these pass the gate in any case
@@ -110,10 +111,14 @@ def export_onnx(
     return list(targets.values())
 
 
-def prepare(checkpoint: Checkpoint, samples: Sequence[ImageInput], say: Progress) -> Facts:
+def prepare(
+    checkpoint: Checkpoint, samples: Sequence[ImageInput], say: Progress, *, image_required: bool = False
+) -> Facts:
     """Trace the float32 graphs and collect the reference's forced tokens."""
     family = family_of(checkpoint)
     image, prompt = family.image(checkpoint), family.prompt(checkpoint)
+    if image_required:
+        prompt = prompt.model_copy(update={"user_without_image": None})
     tokenizer = checkpoint.tokenizer.backend_tokenizer
     prompts.prove(  # before the costly steps; the gate repeats it on the written tokenizer
         checkpoint,
