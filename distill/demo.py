@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -294,8 +293,3 @@ def test(out: Path, name: str, directory: Path, limit: int | None = None) -> Non
     vqa_data = data(out, "test")
     texts = vqa.answers(load(directory), vqa_data, sorted(vqa_data.by_image)[:limit])
     files.write_json(target, {str(question): text for question, text in sorted(texts.items())})
-
-
-def peak_rss_mib() -> float:
-    """Highest resident memory of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

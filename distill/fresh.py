@@ -8,7 +8,6 @@ Used by the demo and by tests, where no pretrained checkpoint can be had.
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,9 +113,3 @@ def _ids(value: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
             return tokenizer.convert_tokens_to_ids(value["token"])
         return {key: _ids(inner, tokenizer) for key, inner in value.items()}
     return value
-
-
-def single_thread() -> None:
-    """One thread in this process: tiny models run faster so, and two processes use two cores."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    torch.set_num_threads(1)

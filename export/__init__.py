@@ -40,7 +40,8 @@ def export_checkpoint(
 
     `sample_images` (paths, bytes or PIL images) join the gate's own pictures. With `image_required` the
     bundle refuses a question without an image, which a model that never saw one would answer blindly.
-    `progress` gets one line at the start of every step. Raises PocketError: CheckpointError, InputError, ParityError or StateError.
+    `progress` gets one line at the start of every step.
+    Raises PocketError: CheckpointError, InputError, ParityError or StateError.
     """
     _check_names(to, [precision])
     from export.onnx import export_onnx

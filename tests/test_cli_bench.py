@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import pocketvlm
 from evals import bench, latency
 from evals import results as contract
 from runtime import conformance
 from runtime.errors import BundleError, InputError
+from tests.cli import call, refusal
 from tests.evals import synthetic
 
-ROOT = Path(pocketvlm.__file__).parent
 SHORT = ("--rounds", "1", "--repeats", "2", "--warmup", "0", "--tokens", "3", "--threads", "1")
-
-
-def call(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "pocketvlm", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def refusal(*arguments: str | Path) -> str:
-    done = call(*arguments, code=2)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("bench: ")]
-    assert done.stdout == "" and len(lines) == 1, done.stderr
-    assert lines[0].startswith("pocketvlm: ")
-    return lines[0]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from distill.vqa import VqaData
 from evals import easy_vqa
+from tests.checkpoints import write_smolvlm
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,14 @@ def processor(tiny_checkpoint: Path) -> ProcessorMixin:
 def data(processor: ProcessorMixin) -> VqaData:
     """The questions about the first 12 training images of easy-VQA."""
     return VqaData([q for q in easy_vqa.load("train") if q.image_id < 12], processor)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another random-weight checkpoint of the same shape."""
+    return write_smolvlm(tmp_path_factory.mktemp("teacher") / "teacher", seed=1)
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pools")

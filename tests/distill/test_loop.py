@@ -18,7 +18,6 @@ from distill import loop
 from distill.vqa import VqaData
 from runtime import files
 from runtime.errors import TrainingError
-from tests.checkpoints import write_smolvlm
 from tests.distill import training
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,16 +31,6 @@ class Cut(Exception):
 @pytest.fixture(scope="module")
 def data(tiny_checkpoint: Path) -> VqaData:
     return training.load_data(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_smolvlm(tmp_path_factory.mktemp("teacher") / "teacher", seed=1)
-
-
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pools")
 
 
 def same(first: Result, second: Result) -> bool:

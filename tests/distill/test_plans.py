@@ -13,23 +13,12 @@ from distill.masking import LANGUAGE, VISION, Masker
 from distill.objective import Objective
 from distill.vqa import VqaData, shifted
 from evals import scorers
-from tests.checkpoints import write_smolvlm
 from tests.distill import training
 
 
 @pytest.fixture(scope="module")
 def data(tiny_checkpoint: Path) -> VqaData:
     return training.load_data(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_smolvlm(tmp_path_factory.mktemp("teacher") / "teacher", seed=1)
-
-
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pools")
 
 
 def plan_for(

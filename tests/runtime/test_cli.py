@@ -18,33 +18,9 @@ from PIL import Image
 
 import pocketvlm
 from runtime import installation
+from tests.cli import ROOT, call, refusal
 
-ROOT = Path(pocketvlm.__file__).parent
 QUESTION = "what color is the circle?"
-
-
-def call(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "pocketvlm", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def refusal(*arguments: str | Path, **options: Any) -> str:
-    """The one line on stderr, but for progress, of a call that ends with code 2."""
-    done = call(*arguments, code=2, **options)
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("export: ")]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("pocketvlm: ")
-    return lines[0]
 
 
 @pytest.fixture
