@@ -352,7 +352,6 @@ def _mask_curve(out: Path) -> MaskCurve:
         r_max=curve["r_max"],
         rule="the largest r that loses at most 3 points",
         inert=curve["inert"],
-        note="Masking is inert for this teacher up to r = 0.5." if curve["inert"] else "",
     )
 
 
