@@ -82,8 +82,8 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_stale(directory: Path) -> None:
-    """Delete what an interrupted writer left. Only call while holding the directory's lock."""
-    for stale in directory.glob(f"{TEMP_PREFIX}*"):
+    """Delete what an interrupted writer left, at any depth. Only call while holding the directory's lock."""
+    for stale in sorted(directory.rglob(f"{TEMP_PREFIX}*")):
         shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink(missing_ok=True)
 
 

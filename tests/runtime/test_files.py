@@ -129,8 +129,12 @@ def test_stale_files_and_directories_go(tmp_path: Path) -> None:
     (tmp_path / f"{files.TEMP_PREFIX}dir" / "x").write_text("x")
     (tmp_path / f"{files.TEMP_PREFIX}file").write_text("x")
     (tmp_path / "kept").write_text("x")
+    deep = tmp_path / "deep" / "er"
+    deep.mkdir(parents=True)
+    (deep / f"{files.TEMP_PREFIX}shard").write_text("half")
     files.remove_stale(tmp_path)
-    assert names(tmp_path) == ["kept"]
+    assert names(deep) == []
+    assert names(tmp_path) == ["deep", "kept"]
 
 
 def test_one_owner_at_a_time(tmp_path: Path) -> None:
