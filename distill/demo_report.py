@@ -20,7 +20,7 @@ from distill.demo import KD, MASTERS, SFT
 from distill.jobs import Job
 from distill.plans import NORMS_EVERY
 from distill.recipe import Recipe
-from evals import accuracy, easy_vqa, gather, latency
+from evals import accuracy, easy_vqa, gather, latency, scorers
 from evals.accuracy import AccuracyResult
 from evals.device import describe
 from evals.easy_vqa import Question
@@ -398,8 +398,6 @@ def _pool(out: Path, plan: Recipe, ledger: list[dict[str, Any]]) -> Pool:
 def _pool_part(
     source: Any, ratio: float | None, drawn: pool.Responses, truth: dict[int, str], text: Any
 ) -> PoolPart:
-    from evals import scorers
-
     every = [(q, response) for q, responses in drawn.items() for response in responses]
     right = sum(r.count * scorers.exact(text(r.ids), truth[q]) for q, r in every)
     total = sum(r.count for _, r in every)

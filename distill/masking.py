@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, cast
 
@@ -101,7 +101,6 @@ class Masker:
         kinds: Sequence[str] = (LANGUAGE,),
         *,
         only: str = "*",
-        progress: Callable[[str], None] | None = None,
     ) -> None:
         if not 0 <= r_max < 1:
             raise ValueError(f"mask: r_max {r_max} must be in [0, 1)")
@@ -111,8 +110,6 @@ class Masker:
         for name, weight in maskable(model, kinds).items():
             if not fnmatch.fnmatch(name, only):
                 continue
-            if progress is not None:
-                progress(name)
             self._kept.append(_Kept(weight.data.view(-1), r_max))
 
     @torch.no_grad()
