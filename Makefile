@@ -16,8 +16,8 @@ ARGS ?=
 
 DEMO_EXTRAS := distill,export,onnx,report
 DEV_EXTRAS := $(DEMO_EXTRAS),dev
-# Pinned by `make lock` although no extra needs them yet: GGUF writing, LoRA, data sets, k-means palettes, servers.
-LATER := gguf peft datasets scikit-learn openai
+# Pinned by `make lock` although no extra needs it yet: GGUF writing.
+LATER := gguf
 
 # Waiting threads sleep instead of burning the core that another thread needs.
 export OMP_WAIT_POLICY := PASSIVE

@@ -17,7 +17,13 @@ EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gguf", ("llama-cpp-python",)),
     ("coreml", ("coremltools",)),
     ("report", ("jinja2", "matplotlib")),
-    ("distill", ("torch", "torchvision", "transformers", "accelerate", "easy-vqa", "num2words")),
+    (
+        "distill",
+        (
+            *("torch", "torchvision", "transformers", "accelerate", "peft", "datasets"),
+            *("openai", "scikit-learn", "easy-vqa", "num2words"),
+        ),
+    ),
     ("export", ("torch", "torchvision", "transformers", "onnx", "onnx-ir", "onnxscript", "optimum")),
 )
 """Each extra of the project with the packages that its verbs import."""
