@@ -103,10 +103,10 @@ def demo(
     _require("report", ("jinja2", "matplotlib"))
     from rich.console import Console
 
-    from distill import demo_run, recipe
+    from distill import demo_recipe, demo_run
     from export import export_all
 
-    plan = recipe.read(recipe.RECIPES / "demo.yaml", smoke=smoke, seed=seed)
+    plan = demo_recipe.read(demo_recipe.RECIPES / "demo.yaml", smoke=smoke, seed=seed)
     command = " ".join(["pocketvlm", *sys.argv[1:]])
     console = Console(stderr=True)
     typer.echo(demo_run.run(out, plan, export_all, command=command, smoke=smoke, console=console))

@@ -22,9 +22,9 @@ import numpy as np
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from distill import fresh, jobs, loop, masking, plans, pool, vqa
+from distill.demo_recipe import LabelTraining, Recipe
 from distill.objective import Objective
 from distill.pool import Row
-from distill.recipe import LabelTraining, Recipe
 from evals import easy_vqa, scorers
 from runtime import files
 

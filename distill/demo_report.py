@@ -17,9 +17,9 @@ import numpy as np
 import runtime
 from distill import demo, jobs, pool
 from distill.demo import KD, MASTERS, SFT
+from distill.demo_recipe import Recipe
 from distill.jobs import Job
 from distill.plans import NORMS_EVERY
-from distill.recipe import Recipe
 from evals import accuracy, easy_vqa, gather, latency, scorers
 from evals.accuracy import AccuracyResult
 from evals.device import describe

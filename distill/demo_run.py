@@ -14,11 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from distill import demo, demo_report, masking, recipe
+from distill import demo, demo_recipe, demo_report, masking
 from distill.demo import KD, MASTERS, SFT
+from distill.demo_recipe import Recipe
 from distill.demo_report import arm_metrics, best_rate, final_name
 from distill.jobs import Job, Workers
-from distill.recipe import Recipe
 from distill.stages import Stages
 from evals import easy_vqa
 from runtime import files
@@ -32,7 +32,7 @@ def run(out: Path, plan: Recipe, export: Export, *, command: str, smoke: bool, c
     """Run every stage that is not finished; the report's path. Resumes after any interruption."""
     easy_vqa.load("test")  # a missing extra is named before anything starts
     with files.lock(out):
-        recipe.claim(out, plan)
+        demo_recipe.claim(out, plan)
         files.remove_stale(out)
         workers = Workers()
         try:

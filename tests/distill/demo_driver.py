@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from distill import recipe
+from distill import demo_recipe
 
 TINY = {
     "data": {"validation_images": 12, "labelled_questions": 200},
@@ -19,15 +19,15 @@ TINY = {
 }
 
 
-def tiny() -> recipe.Recipe:
-    raw = yaml.safe_load((recipe.RECIPES / "demo.yaml").read_text())
+def tiny() -> demo_recipe.Recipe:
+    raw = yaml.safe_load((demo_recipe.RECIPES / "demo.yaml").read_text())
     raw.pop("smoke")
-    raw = recipe.merged(raw, TINY)
-    student = recipe.merged(
+    raw = demo_recipe.merged(raw, TINY)
+    student = demo_recipe.merged(
         raw["students"]["student"], {"warmup": {"steps": 6, "images": 8}, "rates": [1e-3]}
     )
     raw["students"] = {"student": student}
-    return recipe.Recipe.model_validate(raw)
+    return demo_recipe.Recipe.model_validate(raw)
 
 
 if __name__ == "__main__":  # workers import this module too: what is heavy stays here

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill import demo_report, recipe
+from distill import demo_recipe, demo_report
 from runtime.errors import StateError
 from runtime.files import Ledger
 from tests.distill.demo_driver import tiny
@@ -123,8 +123,8 @@ def test_another_recipe_is_refused_with_the_difference(finished: Path) -> None:
     plan = tiny()
     changed = plan.model_copy(update={"seed": 5})
     with pytest.raises(StateError, match=r"seed: there 0, now 5"):
-        recipe.claim(finished, changed)
-    recipe.claim(finished, plan)
+        demo_recipe.claim(finished, changed)
+    demo_recipe.claim(finished, plan)
 
 
 def test_no_test_question_is_seen_before_the_test(finished: Path) -> None:
