@@ -166,8 +166,9 @@ class PoolPlan:
             if self._initial_features is not None:
                 reference_tv = tree.log_probs(self.initial, packed, self._initial_features[place])
         student_tv = tree.log_probs(model, packed, tree.encode_images(model, self.data.pixels(images)))
-        batch = self._batch(packed, rows, responses, teacher_tv, reference_tv)
-        terms = objective.masters(student_tv, batch, self.switches)
+        batch = self._batch(packed, rows, responses)
+        found = objective.dense_terms(student_tv, packed.target_t, teacher_tv, reference_tv, self.switches)
+        terms = objective.masters(found, batch, self.switches)
         figures = dict(terms.figures, mask_ratio=stage.ratio)
         if step % self.norms_every == 0:
             figures.update(_norm_shares(model, terms))
@@ -193,8 +194,6 @@ class PoolPlan:
         packed: tree.Tree,
         rows: Sequence[Row],
         responses: Sequence[Response],
-        teacher_tv: torch.Tensor,
-        reference_tv: torch.Tensor | None,
     ) -> objective.Batch:
         asked = [q for row in rows for q in row.questions for _ in self._responses[q]]
         correct = [self._right(q, response) for q, response in zip(asked, responses, strict=True)]
@@ -207,8 +206,7 @@ class PoolPlan:
             count_r=torch.tensor([float(response.count) for response in responses]),
             correct_r=torch.tensor(correct, dtype=torch.float32),
             mu_t=torch.tensor([value for response in responses for value in response.mu]),
-            teacher_tv=teacher_tv,
-            reference_tv=reference_tv,
+            teacher_r=torch.tensor([float(response.teacher) for response in responses]),
         )
 
     def _right(self, question: int, response: Response) -> int:

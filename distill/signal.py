@@ -1,0 +1,217 @@
+"""What a teacher says at every predicting place, live or from a cache, behind one small protocol.
+
+In: hidden states and an LM head, or a store on disk (`distill/signal_store.py`). Out: fp32 log-probs of a
+few tokens at a time. Not here: divergences, the student.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from runtime.errors import CheckpointError
+
+
+class Signal(Protocol):
+    """A teacher's distributions at T predicting places."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+
+    @property
+    def vocab(self) -> int:
+        """How many token ids it gives a probability."""
+
+    def chunk(self, start: int, stop: int, vocab: int | None = None) -> torch.Tensor:
+        """Log-probs (stop - start, vocab) of places start..stop, fp32, without gradient.
+
+        `vocab` keeps the first ids only, *before* the softmax: models of one family pad their
+        vocabularies differently (METHOD 5).
+        """
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head of a model: a module, then a factor and a soft cap on the logits where it has them."""
+
+    module: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """The head of a Hugging Face model, with the factor and soft cap that its logits have.
+
+        Configurations name them in many ways, so where one has a candidate the model itself is asked:
+        the choice must reproduce its logits on a few text tokens. Raises CheckpointError where none does.
+        """
+        module = model.get_output_embeddings()
+        if module is None:
+            raise CheckpointError(f"{model.config.name_or_path}: no LM head; give a generating model")
+        scales, caps = _candidates(model.config)
+        if len(scales) == 1 and len(caps) == 1:
+            return cls(module)
+        heads = [cls(module, scale, cap) for cap in caps for scale in scales]
+        return _asked(model, heads)
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The module where it is a plain linear layer whose weight is here as a whole, else None.
+
+        A sharded or partitioned weight, a wrapped layer (LoRA, quantised) or one with hooks must be
+        called as a module.
+        """
+        module = self.module
+        if type(module) is not nn.Linear or "forward" in vars(module):
+            return None
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        whole = module.weight.numel() == module.in_features * module.out_features
+        return module if whole and type(module.weight.data) is torch.Tensor else None
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the head's weight."""
+        size = getattr(self.module, "out_features", None)
+        return int(cast(Any, self.module).weight.shape[0] if size is None else size)
+
+    def finish(self, logits_tv: torch.Tensor) -> torch.Tensor:
+        """Scale and soft cap."""
+        if self.scale != 1.0:
+            logits_tv = logits_tv * self.scale
+        if self.softcap:
+            logits_tv = torch.tanh(logits_tv / self.softcap) * self.softcap
+        return logits_tv
+
+    def log_probs(self, hidden_th: torch.Tensor, vocab: int | None = None) -> torch.Tensor:
+        """(T, vocab) fp32 log-probs (float64 for a float64 model), differentiable."""
+        logits_tv = self.module(hidden_th)[:, :vocab]
+        return self.finish(logits_tv.to(working_dtype(logits_tv.dtype))).log_softmax(-1)
+
+
+def _candidates(config: Any) -> tuple[list[float], list[float | None]]:
+    """Factors and soft caps that a configuration may mean for its logits; 1 and None among them."""
+    scales: list[float] = [1.0]
+    caps: list[float | None] = [None]
+    for part in (config.get_text_config(), config):
+        for name, value in part.to_dict().items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
+                continue
+            if re.search("logit|lm_head|output|softcap", name):
+                if "cap" in name:
+                    caps.append(float(value))
+                elif re.search("scal|mult", name) and value != 1:
+                    scales += [float(value), 1 / value]
+    return list(dict.fromkeys(scales)), list(dict.fromkeys(caps))
+
+
+@torch.no_grad()
+def _asked(model: Any, heads: Sequence[Head]) -> Head:
+    """The head that reproduces the model's own logits on eight text tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()
+    try:
+        wanted = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    finally:
+        model.train(training)
+    errors = [
+        (head.finish(head.module(hidden).float()) - wanted).abs().max().item() / wanted.abs().max().item()
+        for head in heads
+    ]
+    best = min(range(len(heads)), key=errors.__getitem__)
+    if errors[best] > 2e-2:  # bf16 logits differ by 2^-8
+        raise CheckpointError(
+            f"{model.config.name_or_path}: its logits are no scaled or soft-capped output of its head "
+            f"(off by {errors[best]:.0%}); this model's loss cannot be computed from hidden states"
+        )
+    return heads[best]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which distributions are computed: fp32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class LiveSignal:
+    """The teacher's hidden states (T, H), final norm applied, and its head: the exact distributions."""
+
+    def __init__(self, hidden_th: torch.Tensor, head: Head | nn.Module) -> None:
+        self.hidden_th = hidden_th.detach()
+        self.head = head if isinstance(head, Head) else Head(head)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.hidden_th)
+
+    @property
+    def vocab(self) -> int:
+        return self.head.vocab
+
+    @torch.no_grad()
+    def chunk(self, start: int, stop: int, vocab: int | None = None) -> torch.Tensor:
+        return self.head.log_probs(self.hidden_th[start:stop], vocab)
+
+
+class DenseSignal:
+    """Log-probs (T, V) that are there already; for small vocabularies and tests."""
+
+    def __init__(self, log_probs_tv: torch.Tensor) -> None:
+        self.log_probs_tv = log_probs_tv.detach()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.log_probs_tv)
+
+    @property
+    def vocab(self) -> int:
+        return self.log_probs_tv.shape[1]
+
+    @torch.no_grad()
+    def chunk(self, start: int, stop: int, vocab: int | None = None) -> torch.Tensor:
+        part = self.log_probs_tv[start:stop]
+        return part if vocab is None or vocab == self.vocab else part[:, :vocab].log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several teachers at once. `weight_st` (S, T) sums to 1 over the S teachers at every place.
+
+    The divergence from a mixture is the weighted sum of the divergences from its teachers, as MT-BERT,
+    MTKD-RL and DGKD sum their losses (`distill/heads.py`); `chunk` is the mixture of the distributions.
+    """
+
+    signals: tuple[Signal, ...]
+    weight_st: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.signals[0].tokens
+
+    @property
+    def vocab(self) -> int:
+        return min(signal.vocab for signal in self.signals)
+
+    def chunk(self, start: int, stop: int, vocab: int | None = None) -> torch.Tensor:
+        mixed: torch.Tensor | None = None
+        for signal, weight_t in zip(self.signals, self.weight_st, strict=True):
+            part = signal.chunk(start, stop, vocab or self.vocab)
+            part = part + weight_t[start:stop, None].to(part).log()
+            mixed = part if mixed is None else torch.logaddexp(mixed, part)
+        assert mixed is not None
+        return mixed
+
+
+def parts(signal: Signal) -> Sequence[tuple[torch.Tensor | None, Signal]]:
+    """A mixture's teachers with their weights (T,); any other signal alone, with None for weight 1."""
+    if isinstance(signal, Mixture):
+        return list(zip(signal.weight_st, signal.signals, strict=True))
+    return [(None, signal)]
