@@ -127,7 +127,7 @@ def train_labels(
     model = new_model(out, recipe, sizes, work / "initial")
     plan = _label_plan(out, images, train, recipe.seed, images)
     started = time.monotonic()
-    log = loop.fit(model, plan, loop.Optimizing(lr=train.lr), work, progress=jobs.report)
+    log = loop.fit(model, plan, loop.Optimizing.muon(train.lr), work, progress=jobs.report)
     _write_metrics(work, model, out, log, time.monotonic() - started)
     save(model, out, target)
 
@@ -267,7 +267,7 @@ def train_arm(out: Path, recipe: Recipe, student: str, method: str, rate: float,
             seed=recipe.seed,
         )
     started = time.monotonic()
-    log = loop.fit(model, plan, loop.Optimizing(lr=rate), work, progress=jobs.report)
+    log = loop.fit(model, plan, loop.Optimizing.muon(rate), work, progress=jobs.report)
     _write_metrics(work, model, out, log, time.monotonic() - started)
     save(model, out, target)
 

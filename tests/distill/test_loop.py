@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill import loop
+from distill import checkpoints, loop, optim
 from distill.vqa import VqaData
 from runtime import files
 from runtime.errors import TrainingError
@@ -72,7 +72,7 @@ def test_the_same_run_twice(
     """Whatever the global generator holds and however often the state is saved."""
     torch.manual_seed(99)
     assert same(fit(tiny_checkpoint, training.label_plan(data), tmp_path), whole_labels)
-    assert not (tmp_path / loop.STATE).exists()
+    assert [path.name for path in checkpoints.states(tmp_path)] == ["state-00000007"]
 
 
 @pytest.mark.parametrize("step", range(7))
@@ -109,8 +109,18 @@ def test_these_comparisons_can_fail(
     """A run that forgets its optimizer or its weights ends elsewhere."""
     with pytest.raises(Cut):
         fit(tiny_checkpoint, cut_at(training.label_plan(data), 5), tmp_path, save_every=3)
-    kind = loop.HiddenMuon if forget == "optimizer" else torch.nn.Module
-    monkeypatch.setattr(kind, "load_state_dict", lambda *_, **__: None)
+    restore = checkpoints.restore
+
+    def forgetful(directory: Path, accelerator: Any, learner: Any, optimizer: Any) -> tuple[int, Any]:
+        before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+        found = restore(directory, accelerator, learner, optimizer)
+        if forget == "model":
+            learner.load_state_dict(before)
+        for part in optim.parts(optimizer) if forget == "optimizer" else ():
+            part.state.clear()
+        return found
+
+    monkeypatch.setattr(checkpoints, "restore", forgetful)
     assert not same(fit(tiny_checkpoint, training.label_plan(data), tmp_path, save_every=3), whole_labels)
 
 
@@ -154,20 +164,23 @@ def test_the_pool_cut_at_any_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Just before and just after each file of the run appears: shards, logs, states."""
-    write: Callable[[Path, bytes], None] = files.write_bytes
     budget = 0
 
-    def counted(path: Path, content: bytes) -> None:
-        nonlocal budget
-        budget -= 1
-        if budget == 0:
-            raise Cut
-        write(path, content)
-        budget -= 1
-        if budget == 0:
-            raise Cut
+    def counted(write: Callable[[Path, Any], None]) -> Callable[[Path, Any], None]:
+        def cut(path: Path, content: Any) -> None:
+            nonlocal budget
+            budget -= 1
+            if budget == 0:
+                raise Cut
+            write(path, content)
+            budget -= 1
+            if budget == 0:
+                raise Cut
 
-    monkeypatch.setattr(files, "write_bytes", counted)
+        return cut
+
+    monkeypatch.setattr(files, "write_bytes", counted(files.write_bytes))
+    monkeypatch.setattr(checkpoints, "publish", counted(checkpoints.publish))
     for start in range(1, 40):  # each time the run is cut, it goes on in the same directory
         budget = start
         try:
@@ -189,7 +202,7 @@ def test_the_pool_killed(
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert torch.load(tmp_path / loop.STATE, weights_only=True)["step"] == 4
+    assert checkpoints.states(tmp_path)[-1].name == "state-00000004"
     assert same(training.fit_pool(teacher, tiny_checkpoint, pools, tmp_path), whole_pool)
 
 
@@ -197,7 +210,7 @@ def test_the_pool_killed(
 
 
 def test_rates() -> None:
-    found = [loop.rate(step, 100, 10) for step in range(100)]
+    found = [optim.rate(step, 100, loop.Optimizing.muon(warmup_steps=10)) for step in range(100)]
     assert found[0] == pytest.approx(0.1, abs=1e-3)
     assert found.index(max(found)) == 9 and max(found) < 1
     assert found[50] == pytest.approx(0.03 + 0.97 / 2)
@@ -206,7 +219,7 @@ def test_rates() -> None:
 
 
 def test_every_parameter_has_one_optimizer(tiny_model: Any) -> None:
-    optimizer = loop.HiddenMuon(tiny_model, training.SETTINGS)
+    optimizer = optim.HiddenMuon(tiny_model, training.SETTINGS)
     names = {id(p): name for name, p in tiny_model.named_parameters()}
     adam, muon = (
         {names[id(p)] for group in part.param_groups for p in group["params"]} for part in optimizer.parts

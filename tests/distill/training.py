@@ -20,7 +20,7 @@ from evals import easy_vqa, scorers
 IMAGES = range(10)
 RATIOS = (0.4, 0.2, 0.0)
 ROWS = 5  # a stage's rows; two make a step, so the third step of a stage has one
-SETTINGS = loop.Optimizing(lr=3e-3, warmup=3)
+SETTINGS = loop.Optimizing.muon(3e-3, warmup_steps=3)
 
 
 def load(checkpoint: Path) -> Any:
