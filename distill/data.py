@@ -1,32 +1,28 @@
 """Questions about images from any number of sources: random access, labels that a run may not see hidden.
 
 In: the sources of a recipe. Out: a `Dataset` of `Sample`s in the Hugging Face message format, pictures still
-unopened. Not here: file formats (`distill/readers.py`), tokens and pixels (`distill/encoding.py`), scoring.
+unopened. Not here: file formats (`distill/formats.py`), tokens and pixels (`distill/encoding.py`), scoring.
 A source is read by byte offsets or through Arrow's memory map; no file is held in memory.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from runtime import image as pictures
+from distill.images import ImageSource
 from runtime.errors import InputError, TrainingError
 
 if TYPE_CHECKING:
     from distill.recipe import Source
 
-MAX_SOURCE_PIXELS = 256 * 1024 * 1024
-"""A picture above this is a mistake or an attack; `data.max_pixels` is what the processor shrinks to."""
 SHOWN = 3
+"""Errors that a message tells in full."""
 
 
 class SampleError(InputError):
@@ -38,43 +34,6 @@ class SampleError(InputError):
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, int, str]]:
         return type(self), (self.source, self.index, self.reason)
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """A picture that is not opened yet: a file, or the bytes of one."""
-
-    path: Path | None = None
-    data: bytes | None = field(default=None, repr=False)
-
-    def bytes(self) -> bytes:
-        """The encoded file. Raises InputError naming the path."""
-        if self.data is not None:
-            return self.data
-        if self.path is None:
-            raise InputError("the picture has neither a path nor bytes")
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"the picture {self.path} cannot be read ({error.strerror}); mend the path or data.images"
-            ) from error
-
-    def open(self) -> Image.Image:
-        """Decoded, upright by its EXIF tag, RGB: as transformers loads a file. Raises InputError."""
-        name = str(self.path) if self.path is not None else "the picture's bytes"
-        try:
-            found = pictures.load(self.bytes(), MAX_SOURCE_PIXELS)
-        except InputError as error:
-            raise InputError(str(error).replace("image bytes", name, 1)) from error
-        with contextlib.suppress(Exception):  # an unreadable EXIF block says nothing about the pixels
-            found = ImageOps.exif_transpose(found)
-        return found.convert("RGB")
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the encoded bytes."""
-        return hashlib.sha256(self.bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -192,13 +151,13 @@ def _labelled(labels: str | int, count: int, seed: int) -> np.ndarray | None:
 def open_data(sources: Sequence[Source], *, name: str = "train", seed: int = 0) -> Dataset:
     """The sources of a recipe as one data set. Raises InputError for a file that is absent, empty or of
     another format; faults of single records wait until they are read."""
-    from distill import readers
+    from distill import formats
 
     parts: list[Part] = []
     for number, source in enumerate(sources):
         known = {part.name for part in parts}
         part = source.name if source.name not in known else f"{source.name}#{number}"
-        found = Part(part, readers.open_records(source), source, seed)
+        found = Part(part, formats.open_records(source), source, seed)
         if not len(found):
             raise InputError(
                 f"{source.path or source.format}: no questions from record {source.start} on; "

@@ -1,31 +1,75 @@
 """The recipe of a distillation, as data: models, data, pool, judge, objective, training.
 
 In: a YAML file and `key=value` overrides. Out: a `Recipe`, its hash, and the claim of an output directory.
-Not here: doing it; the demo's recipe (`distill/demo_recipe.py`); what a checkpoint on disk really is
-(`distill/checks.py`). Paths in a recipe are relative to the directory a command runs in.
+Not here: the sections (`distill/settings.py`); doing it; the demo's recipe (`distill/demo_recipe.py`); what a
+checkpoint on disk really is (`distill/checks.py`). Paths are relative to the directory a command runs in.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from distill import strict
-from distill.strict import Count, Positive, Rate, Share, Strict
+from distill.settings import (
+    Data,
+    Engine,
+    Gate,
+    Hf,
+    Judge,
+    Lora,
+    Mask,
+    Model,
+    ModelJudge,
+    ObjectiveSettings,
+    OpenAI,
+    Pool,
+    RuleJudge,
+    SamplingSettings,
+    Served,
+    SignalSettings,
+    Source,
+    Student,
+    Teacher,
+    Throughput,
+    Train,
+)
+from distill.strict import Count, Strict
 from runtime import files
 
-if TYPE_CHECKING:
-    from distill.objective import Objective
+__all__ = [
+    "MAY_CHANGE",
+    "RECIPES",
+    "Data",
+    "Engine",
+    "Gate",
+    "Hf",
+    "Judge",
+    "Lora",
+    "Mask",
+    "Model",
+    "ModelJudge",
+    "ObjectiveSettings",
+    "OpenAI",
+    "Pool",
+    "Recipe",
+    "RuleJudge",
+    "SamplingSettings",
+    "Served",
+    "SignalSettings",
+    "Source",
+    "Student",
+    "Teacher",
+    "Throughput",
+    "Train",
+    "claim",
+    "read",
+]
 
 RECIPES = Path(__file__).parent / "recipes"
-Scorer = Literal["exact", "vqa", "anls", "relaxed", "choice", "numeric"]
-Weight = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
 MAY_CHANGE = (
     "train.trackers",
     "train.save_every",
@@ -42,311 +86,6 @@ MAY_CHANGE = (
 )
 """What a resumed run may set anew: how often to save, what fits into memory, how hard to try a server.
 None of it changes what is learned beyond the rounding of a sum."""
-
-
-# --- models -----------------------------------------------------------
-
-
-class Gate(Strict):
-    """Ratios at which a masked teacher answers `samples` validation questions (METHOD 2)."""
-
-    ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    samples: Positive = 200
-    most_lost: Share = 0.03
-
-    @model_validator(mode="after")
-    def _check(self) -> Gate:
-        if self.ratios[0] != 0 or list(self.ratios) != sorted(set(self.ratios)):
-            raise ValueError(f"ratios must rise and begin with 0, got {list(self.ratios)}")
-        return self
-
-
-class Mask(Strict):
-    """The schedule r_max -> 0 in steps of `step` or in `stages` equal stages (METHOD 2, Eq. 3).
-
-    `auto` takes r_max from the gate. `stages: 1` never restores the teacher: it stays at r_max.
-    """
-
-    r_max: Literal["auto"] | Share = "auto"
-    step: Share | None = None
-    stages: Positive | None = None
-    tensors: Annotated[tuple[Literal["language", "vision", "embeddings"], ...], Field(min_length=1)] = (
-        "language",
-    )
-    gate: Gate | None = Gate()
-
-    @model_validator(mode="after")
-    def _check(self) -> Mask:
-        if self.step is not None and self.stages is not None:
-            raise ValueError("give step or stages, not both")
-        if self.step == 0:
-            raise ValueError("step must be above 0")
-        if self.r_max == "auto" and self.gate is None:
-            raise ValueError("r_max auto is chosen by the gate; give a gate, or r_max as a number")
-        if self.step is not None and self.r_max != "auto":
-            stages = self.r_max / self.step
-            if not math.isclose(stages, round(stages), abs_tol=1e-6):
-                raise ValueError(
-                    f"r_max {self.r_max} is no multiple of step {self.step}: r would not reach 0"
-                )
-        return self
-
-    @property
-    def largest(self) -> float:
-        """The largest ratio that can come into force: what memory for the mask has to be kept for."""
-        if self.r_max != "auto":
-            return self.r_max
-        return max(self.gate.ratios) if self.gate else 0.0
-
-    def stages_at(self, r_max: float) -> int:
-        """How many stages the schedule has from `r_max` (one where the teacher is not masked)."""
-        if not r_max:
-            return 1
-        return round(r_max / self.step) + 1 if self.step else self.stages or 5
-
-
-class Model(Strict):
-    """A Hugging Face repository, or a local directory in its format."""
-
-    checkpoint: str
-    revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-
-
-class Student(Model):
-    """The student; its weights are trained in float32 whatever the checkpoint's type."""
-
-    dtype: Literal["auto", "float32"] = "auto"
-
-
-class Teacher(Model):
-    """A teacher: its share of the questions, its mask (null: never masked), its weight beside others."""
-
-    share: Above0 = 1.0
-    mask: Mask | None = Mask()
-    weight: Weight = 1.0
-
-
-# --- data -------------------------------------------------------------
-
-
-class Source(Strict):
-    """One data set: records `start` up to `start + limit` of a file, a directory or a built-in task."""
-
-    format: Literal["conversations", "llava", "tsv", "easy-vqa", "digits"]
-    path: str | None = None
-    split: str | None = None
-    images: str | None = None
-    scorer: Scorer | None = None
-    start: Count = 0
-    limit: Positive | None = None
-    labels: Literal["all", "none"] | Count = "all"
-
-    @model_validator(mode="after")
-    def _check(self) -> Source:
-        built_in = self.format in ("easy-vqa", "digits")
-        if built_in and (self.path or self.images):
-            raise ValueError(f"{self.format} ships with a package; remove path and images")
-        if built_in and not self.split:
-            raise ValueError(f"{self.format} needs a split: train or test")
-        if not built_in and not self.path:
-            raise ValueError(f"format {self.format} needs a path")
-        return self
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).stem if self.path else f"{self.format}-{self.split}"
-
-
-class Data(Strict):
-    train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    validation: tuple[Source, ...] = ()
-    skip_limit: Count = 10
-    max_prompt_tokens: Positive | None = None
-    max_pixels: Positive | None = None
-
-
-# --- pool and judge ---------------------------------------------------
-
-
-class SamplingSettings(Strict):
-    """How responses are drawn (METHOD 3; Sec. 4.1)."""
-
-    max_new_tokens: Positive = 512
-    temperature: Above0 = 1.0
-    top_p: Rate = 0.9
-    top_k: Count = 50
-    repetition_penalty: Above0 = 1.05
-
-
-class Hf(Strict):
-    """Generation in this process, `rows` images at a time."""
-
-    kind: Literal["hf"] = "hf"
-    rows: Positive = 8
-
-
-class Served(Strict):
-    """An OpenAI-compatible server: `command` starts it and the stage stops it, or it runs at `url`."""
-
-    command: str | None = None
-    url: str | None = None
-    model: str | None = None
-    concurrency: Positive = 32
-    timeout_seconds: Above0 = 600.0
-    retries: Count = 5
-
-    @model_validator(mode="after")
-    def _check(self) -> Served:
-        if self.command is not None and self.url is not None:
-            raise ValueError("give command (a server that is started for each stage) or url, not both")
-        missing = [x for x in ("{checkpoint}", "{port}") if self.command and x not in self.command]
-        if missing:
-            raise ValueError(f"command must contain {' and '.join(missing)}, got {self.command!r}")
-        return self
-
-    @property
-    def given(self) -> bool:
-        return self.command is not None or self.url is not None
-
-
-class OpenAI(Served):
-    kind: Literal["openai"]
-
-    @model_validator(mode="after")
-    def _has_server(self) -> OpenAI:
-        if not self.given:
-            raise ValueError("kind openai needs command or url")
-        return self
-
-
-Engine = Annotated[Hf | OpenAI, Field(discriminator="kind")]
-
-
-class Pool(Strict):
-    """Responses a question, and who draws them (METHOD 3)."""
-
-    teacher_responses: Count = 4
-    student_responses: Count = 4
-    student_refresh: Literal["stage", "never"] = "stage"
-    sampling: SamplingSettings = SamplingSettings()
-    engine: Engine = Hf()
-    student_engine: Engine | None = None
-    shard: Positive = 64
-
-    @property
-    def engine_of_student(self) -> Hf | OpenAI:
-        return self.student_engine or self.engine
-
-
-class RuleJudge(Strict):
-    """R_acc by each sample's scorer."""
-
-    kind: Literal["rule"] = "rule"
-
-
-class ModelJudge(Served):
-    """R_acc by a model in two calls (METHOD 4): the full teacher, the paper's generator, or a server."""
-
-    kind: Literal["model"]
-    by: Literal["teacher", "generator", "server"] = "teacher"
-
-    @model_validator(mode="after")
-    def _has_server(self) -> ModelJudge:
-        if self.by == "server" and not self.given:
-            raise ValueError("by server needs command (with model: the checkpoint to serve) or url")
-        if self.by == "server" and self.command and not self.model:
-            raise ValueError("command needs model: the checkpoint that the judge's server is to serve")
-        return self
-
-
-Judge = Annotated[RuleJudge | ModelJudge, Field(discriminator="kind")]
-
-
-# --- training ---------------------------------------------------------
-
-
-class ObjectiveSettings(Strict):
-    """A preset of the objective, and single switches changed from it (METHOD 5)."""
-
-    preset: str = "robust"
-    change: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _check(self) -> ObjectiveSettings:
-        _ = self.switches
-        return self
-
-    @property
-    def switches(self) -> Objective:
-        """The objective itself. Raises ValueError for an unknown preset or switch."""
-        from distill.objective import Objective
-
-        strict.known(self.preset, ("robust", "paper"), "preset")
-        base: Objective = getattr(Objective, self.preset)()
-        names = [field.name for field in fields(base)]
-        for name, value in self.change.items():
-            strict.known(name, names, "switch")
-            wanted = getattr(base, name)
-            if isinstance(wanted, (bool, str)) and type(value) is not type(wanted):
-                raise ValueError(f"change.{name}: wanted {type(wanted).__name__}, got {value!r}")
-            if isinstance(wanted, (int, float)) and isinstance(value, str):
-                raise ValueError(f"change.{name}: wanted a number, got {value!r}")
-        return replace(base, **self.change)  # type: ignore[arg-type]
-
-
-class SignalSettings(Strict):
-    """Teacher distributions: computed at every step, or kept (top-k and tail mass, or hidden states)."""
-
-    kind: Literal["live", "topk", "hidden"] = "live"
-    k: Positive = 64
-
-
-class Lora(Strict):
-    rank: Positive = 64
-    alpha: Above0 = 128.0
-    targets: str | tuple[str, ...] = "all-linear"
-
-
-class Train(Strict):
-    """fp32 master weights whatever `precision`; the paper's rate is a fixed 1e-6 of AdamW (METHOD 6)."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: Rate = 1e-6
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Count = 0
-    weight_decay: Weight = 0.0
-    clip: Above0 = 1.0
-    questions_per_step: Positive = 64
-    tokens_per_device: Positive = 8192
-    passes: Positive = 1
-    precision: Literal["float32", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False
-    freeze: tuple[str, ...] = ()
-    lora: Lora | None = None
-    sharing: Literal["auto", "tree", "prefix", "naive"] = "auto"
-    chunk_tokens: Positive = 1024
-    save_every: Positive = 200
-    validate_every: Positive = 200
-    patience: Positive | None = None
-    trackers: tuple[str, ...] = ()
-
-
-class Throughput(Strict):
-    """What `plan` reckons with, per device: tokens generated (each model alone), tokens trained a second,
-    and how many tokens a response and a prompt have on average (null: the longest allowed)."""
-
-    teacher_tokens_per_second: Above0 = 1000.0
-    student_tokens_per_second: Above0 = 4000.0
-    train_tokens_per_second: Above0 = 4000.0
-    devices: Positive = 8
-    mean_response_tokens: Positive | None = None
-    mean_prompt_tokens: Positive = 512
-    images_per_row: Positive = 1
-    pixels_per_image: Positive = 448 * 448
-
-
-# --- the whole --------------------------------------------------------
 
 
 class Recipe(Strict):
