@@ -95,7 +95,9 @@ def _whole(name: str, tensor: torch.Tensor) -> Layout:
             "give the original weights in bfloat16, float16 or float32"
         )
     if not tensor.is_contiguous():
-        raise CheckpointError(f"{name}: strides {tensor.stride()} cannot be masked in place; make it contiguous")
+        raise CheckpointError(
+            f"{name}: strides {tensor.stride()} cannot be masked in place; make it contiguous"
+        )
     return Layout(tensor.numel())
 
 

@@ -147,7 +147,9 @@ def _refuse(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         raise CheckpointError(f"{name}: a quantised teacher cannot be masked; give the original weights")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise CheckpointError(f"{name}: FSDP1 hides the weights in flat ones; set fsdp_version: 2 in accelerate")
+        raise CheckpointError(
+            f"{name}: FSDP1 hides the weights in flat ones; set fsdp_version: 2 in accelerate"
+        )
 
 
 def reshard(model: nn.Module) -> None:
@@ -270,7 +272,7 @@ class _Kept:
 
     def __init__(self, name: str, target: Target, r_max: float) -> None:
         self.name, self.target = name, target
-        self.where: Layout = layout(name, target.parameter.data)
+        self.where: Layout = layout(name, target.parameter)
         flat = target.values()
         runs = self.where.runs
         ends_b = torch.arange(1, runs + 1, device=flat.device) * (len(flat) // runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distill import masking
-from distill.masking import Masker
+from distill import magnitudes, masking
+from distill.masking import Masker, Rule
 from runtime.errors import CheckpointError
 
 RATIOS = st.integers(0, 50).map(lambda percent: percent / 100)
@@ -192,6 +193,12 @@ def test_the_papers_schedule() -> None:
         masking.schedule(0.2, 0.0)
 
 
+def test_a_step_that_does_not_divide_still_ends_at_the_full_teacher() -> None:
+    assert masking.schedule(0.25, 0.1) == (0.25, 0.15, 0.05, 0.0)
+    assert masking.schedule(0.3, 0.3 / 4) == (0.3, 0.225, 0.15, 0.075, 0.0)
+    assert masking.ratio_at(9, 10, 0.25, 0.1) == 0.0
+
+
 @pytest.mark.parametrize(("r_max", "step"), [(0.2, 0.05), (0.4, 0.05), (0.3, 0.1), (0.4, 0.1), (0.0, 0.1)])
 def test_schedule_is_equation_3(r_max: float, step: float) -> None:
     """r[i] = r_max - s * floor(i * M / I) in exact arithmetic, and equal shares of the steps."""
@@ -216,3 +223,148 @@ def test_choosing_r_max() -> None:
 def test_inert_masks() -> None:
     assert masking.is_inert([(0.0, 0.99), (0.3, 0.985), (0.5, 0.985), (0.6, 0.7)])
     assert not masking.is_inert([(0.0, 0.99), (0.3, 0.97), (0.5, 0.99)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights(), st.integers(1, 9), RATIOS)
+def test_pieces_give_what_the_whole_gives(weight: torch.Tensor, eighths: int, ratio: float) -> None:
+    """Bits, values and ties carried from piece to piece."""
+    order = weight.flatten().abs().argsort(stable=True)
+    expected = weight.flatten().clone()
+    expected[order[: math.floor(Fraction(str(ratio)) * weight.numel())]] = 0
+    model = toy(weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(magnitudes, "PIECE", 8 * eighths)
+        masker = Masker(model, max(ratio, 0.5), only="decoder.up.weight")
+        masker.set(0.5)
+        masker.set(ratio)
+        assert torch.equal(bits(model.decoder["up"].weight.data.flatten()), bits(expected))
+        masker.set(0.0)
+    assert torch.equal(bits(model.decoder["up"].weight.data), bits(weight))
+
+
+def resident(field: str) -> int:
+    """Bytes that /proc tells of this process: VmRSS is now, VmHWM the most since it was last reset."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+def test_large_tensors_and_no_second_copy() -> None:
+    """Far more than the 16M elements of torch.quantile, every value a tie of many; the peak of building and
+    masking is what is kept plus a fixed piece, well below another copy of the weights."""
+    count = 120_000_001
+    weight = torch.arange(count, dtype=torch.int32).remainder_(2**14).to(torch.int16).view(torch.bfloat16)
+    held = weight[:, None]
+    model = toy()
+    model.decoder["up"].weight = torch.nn.Parameter(held)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    masker = Masker(model, 0.2, only="decoder.up.weight")
+    masker.set(0.2)
+    masker.set(0.1)
+    grown = resident("VmHWM") - before
+    assert masker.kept_bytes <= (0.2 + 1 / 16) * held.nbytes + 1
+    assert grown < masker.kept_bytes + 96 * 2**20 < held.nbytes, f"{grown / 2**20:.0f} MiB"
+    (measured,) = masker.measure()
+    always_zero = -(-count // 2**14)
+    assert measured.zeros == max(count // 10, always_zero) and measured.count == count
+
+
+def test_rules_in_order() -> None:
+    """The first rule that fits decides; a scale multiplies the ratio, None leaves the tensor alone."""
+    rules = (Rule("decoder.down.*", 0.5), Rule("decoder.*"), Rule("vision.*", None))
+    model = toy()
+    kinds = (masking.LANGUAGE, masking.VISION)
+    masker = Masker(model, 0.5, kinds, rules=rules)
+    masker.set(0.5)
+    assert {x.name: (x.zeros, x.count) for x in masker.measure()} == {
+        "decoder.up.weight": (12, 24),
+        "decoder.down.weight": (6, 24),
+    }
+    masker.set(0)
+    assert masker.sparsity == 0
+    with pytest.raises(
+        CheckpointError, match=r"'decoder.dwon.\*' fits no weight; names look like decoder.up"
+    ):
+        Masker(model, 0.5, rules=[Rule("decoder.dwon.*")])
+    with pytest.raises(ValueError, match=r"2.0 times r_max 0.5 is not below 1 for decoder.up.weight"):
+        Masker(model, 0.5, rules=[Rule("*", 2.0)])
+    with pytest.raises(CheckpointError, match="toy: no weights of language to mask"):
+        Masker(model, 0.5, rules=[Rule("*", None)])
+
+
+def test_masked_on_the_way_to_another_ratio_only_by_the_masker() -> None:
+    """Measured zeros, not asked ones: weights that were zero before count too."""
+    weight = torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])[:, None]
+    masker = Masker(toy(weight), 0.2, only="decoder.up.weight")
+    masker.set(0.2)
+    assert masker.sparsity == 0.3
+
+
+@pytest.fixture(scope="module")
+def experts() -> Any:
+    """A tiny mixture of experts with its stacks in bare parameters."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = {
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 16,
+        "patch_size": 4, "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision)).eval()
+
+
+def test_stacked_experts_and_routers_are_language_weights(experts: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in experts.named_parameters():
+            if "experts" in name or "mlp.gate" in name:
+                parameter.normal_()
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    masker = Masker(experts, 0.5)
+    masker.set(0.5)
+    halved = {x.name for x in masker.measure() if x.share == 0.5}
+    layers = [f"model.language_model.layers.{i}" for i in (0, 1)]
+    moe = {
+        f"{at}.mlp.{x}" for at in layers for x in ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
+    }
+    attention = {f"{at}.self_attn.{x}_proj.weight" for at in layers for x in "qkvo"}
+    assert halved == moe | attention
+    changed = {n for n, tensor in experts.state_dict().items() if not torch.equal(before[n], tensor)}
+    assert changed == halved
+    masker.set(0)
+    assert all(torch.equal(before[n], tensor) for n, tensor in experts.state_dict().items())
+
+
+def test_an_unknown_matrix_is_refused_until_a_rule_names_it() -> None:
+    model = toy()
+    model.decoder["mix"] = nn.Module()
+    model.decoder["mix"].table = nn.Parameter(torch.ones(5, 6))
+    with pytest.raises(CheckpointError, match=r"decoder.mix.table: \(5, 6\) in Module is no linear layer"):
+        Masker(model, 0.2)
+    assert "decoder.mix.table" in masking.maskable(model, rules=[Rule("*.table", 1.0)])
+    assert "decoder.mix.table" not in masking.maskable(model, rules=[Rule("*.table", None)])
+
+
+def test_weights_that_cannot_be_masked_in_place() -> None:
+    def refused(weight: torch.Tensor, message: str) -> None:
+        model = toy()
+        model.decoder["up"].weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(CheckpointError, match=rf"decoder.up.weight: .*{message}"):
+            Masker(model, 0.2)
+
+    refused(torch.ones(6, 4, device="meta"), "not in memory")
+    refused(torch.ones(6, 4).to(torch.float8_e4m3fn), "float8_e4m3fn cannot be masked")
+    refused(torch.ones(4, 6).T, "make it contiguous")
+    model = toy()
+    model.decoder["up"].weight.ds_id = 3
+    with pytest.raises(
+        CheckpointError, match=r"decoder.up.weight: masking under DeepSpeed ZeRO-3 is not sup"
+    ):
+        Masker(model, 0.2)
