@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -68,7 +68,7 @@ def layout(name: str, tensor: torch.Tensor) -> Layout:
     if hasattr(tensor, "ds_id"):
         raise CheckpointError(
             f"{name}: masking under DeepSpeed ZeRO-3 is not supported; run the teacher under FSDP2 "
-            "(accelerate config: fsdp_version 2), or let a server answer from a materialised masked checkpoint"
+            "(fsdp_version: 2 for accelerate), or let a server answer from a materialised masked checkpoint"
         )
     if not isinstance(tensor, DTensor):
         return _whole(name, tensor)
@@ -78,11 +78,11 @@ def layout(name: str, tensor: torch.Tensor) -> Layout:
         return Layout(tensor.numel())
     if len(split) > 1 or type(tensor.placements[split[0]]) is not Shard:
         raise CheckpointError(
-            f"{name}: placed as {tensor.placements}; masking knows whole weights and FSDP2 shards (one sharded "
-            "mesh dimension, with or without replicas); leave tensor parallelism off for the teacher"
+            f"{name}: placed as {tensor.placements}; masking knows whole weights and FSDP2 shards "
+            "(one sharded mesh dimension, with or without replicas); leave tensor parallelism off for the teacher"
         )
     mesh = tensor.device_mesh
-    runs = tensor.shape[: tensor.placements[split[0]].dim].numel()
+    runs = tensor.shape[: cast(Shard, tensor.placements[split[0]]).dim].numel()
     return Layout(tensor.numel(), runs, mesh.get_group(split[0]), mesh.device_type)
 
 
@@ -95,9 +95,7 @@ def _whole(name: str, tensor: torch.Tensor) -> Layout:
             "give the original weights in bfloat16, float16 or float32"
         )
     if not tensor.is_contiguous():
-        raise CheckpointError(
-            f"{name}: strides {tensor.stride()} cannot be masked in place; make it contiguous"
-        )
+        raise CheckpointError(f"{name}: strides {tensor.stride()} cannot be masked; make it contiguous")
     return Layout(tensor.numel())
 
 

@@ -147,9 +147,7 @@ def _refuse(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         raise CheckpointError(f"{name}: a quantised teacher cannot be masked; give the original weights")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise CheckpointError(
-            f"{name}: FSDP1 hides the weights in flat ones; set fsdp_version: 2 in accelerate"
-        )
+        raise CheckpointError(f"{name}: FSDP1 cannot be masked; set fsdp_version: 2 for accelerate")
 
 
 def reshard(model: nn.Module) -> None:
@@ -177,14 +175,14 @@ def _weights(model: PreTrainedModel, rules: Sequence[Rule]) -> Iterator[tuple[st
                     fnmatch.fnmatchcase(name, rule.tensors) for rule in rules
                 ):
                     raise CheckpointError(
-                        f"{name}: {tuple(weight.shape)} in {type(module).__name__} is no linear layer, convolution "
-                        "or stack of experts; say with a mask rule for its name whether it is masked"
+                        f"{name}: {tuple(weight.shape)} in {type(module).__name__} is no linear layer, "
+                        "convolution or stack of experts; say with a mask rule for its name whether it is masked"
                     )
                 yield name, module, attribute, LANGUAGE
 
 
 def _expert_counts(model: PreTrainedModel) -> set[int]:
-    """How many experts a layer can have, by the config: the first dimension of stacked experts and routers."""
+    """How many experts a layer can have, by the config: first dimension of stacked experts and routers."""
     config = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return {n for key, n in vars(config).items() if "expert" in key and isinstance(n, int) and n > 1}
@@ -229,7 +227,7 @@ class Masker:
         ]
         if r_max and not self._kept:
             raise CheckpointError(
-                f"{model.config.name_or_path}: no weights of {', '.join(self.kinds)} to mask; see the mask's rules"
+                f"{model.config.name_or_path}: no weights of {', '.join(self.kinds)} to mask; see its rules"
             )
 
     def set(self, ratio: float) -> None:
