@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from runtime.errors import CheckpointError
 
-PIECE = 1 << 22  # values a pass touches at a time; a multiple of 8
+PIECE = 1 << 21  # values a pass touches at a time; a multiple of 8
 # bits of the pattern, sign included, as an integer type, and the digits that a histogram resolves in turn
 PATTERNS: dict[torch.dtype, tuple[torch.dtype, tuple[int, ...]]] = {
     torch.bfloat16: (torch.int16, (15,)),
@@ -79,7 +79,7 @@ def layout(name: str, tensor: torch.Tensor) -> Layout:
     if len(split) > 1 or type(tensor.placements[split[0]]) is not Shard:
         raise CheckpointError(
             f"{name}: placed as {tensor.placements}; masking knows whole weights and FSDP2 shards "
-            "(one sharded mesh dimension, with or without replicas); leave tensor parallelism off for the teacher"
+            "(one sharded mesh dimension, with or without replicas); give the teacher no tensor parallelism"
         )
     mesh = tensor.device_mesh
     runs = tensor.shape[: cast(Shard, tensor.placements[split[0]]).dim].numel()

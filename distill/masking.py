@@ -176,7 +176,7 @@ def _weights(model: PreTrainedModel, rules: Sequence[Rule]) -> Iterator[tuple[st
                 ):
                     raise CheckpointError(
                         f"{name}: {tuple(weight.shape)} in {type(module).__name__} is no linear layer, "
-                        "convolution or stack of experts; say with a mask rule for its name whether it is masked"
+                        "convolution or stack of experts; say in a mask rule for its name whether to mask it"
                     )
                 yield name, module, attribute, LANGUAGE
 

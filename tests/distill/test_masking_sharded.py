@@ -24,7 +24,7 @@ WORLD = 2
 
 
 class Odd(nn.Module):
-    """Matrices whose rows do not divide by two: 5, 1 (the second rank has nothing) and 8, all full of ties."""
+    """Matrices whose rows may not divide by two: 5, 1 (the second rank has nothing), 8; full of ties."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
