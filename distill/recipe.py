@@ -103,6 +103,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        _check_teachers(self)
         _check_responses(self)
         _check_servers(self)
         _check_validation(self)
@@ -112,6 +113,28 @@ class Recipe(Strict):
     def sha256(self) -> str:
         """Hash of everything that decides what is learned: without the keys that a resumed run may change."""
         return files.sha256_json(strict.without(self.model_dump(mode="json"), MAY_CHANGE))
+
+
+def _check_teachers(recipe: Recipe) -> None:
+    masks = [(i, teacher.mask) for i, teacher in enumerate(recipe.teachers) if teacher.mask is not None]
+    settings = recipe.objective
+    if settings.restores == "never" and not (masks and all(not mask.restore for _, mask in masks)):
+        raise ValueError(
+            f"objective.preset: {settings.preset} has a pruned teacher that is never restored; give every "
+            "teacher mask: {r_max: ..., restore: false}"
+        )
+    if settings.together != "one" and len(recipe.teachers) < 2:
+        raise ValueError(
+            f"objective: several teachers act at once ({settings.together}), the recipe has one; "
+            "add a teacher or set objective.teachers: one"
+        )
+    if settings.together != "one" and not sum(teacher.weight for teacher in recipe.teachers):
+        raise ValueError("teachers: every weight is 0; one must be above 0")
+    if settings.together != "one" and any(mask.restore for _, mask in masks):
+        raise ValueError(
+            f"teachers.{masks[0][0]}.mask: teachers that act at once have no growth order to restore them "
+            "in; set mask: null, or restore: false"
+        )
 
 
 def _check_responses(recipe: Recipe) -> None:

@@ -6,17 +6,17 @@ In: parsed YAML. Out: settings. Not here: checks between sections, reading, clai
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill import strict
 from distill.strict import Count, Positive, Rate, Share, Strict
+from runtime.errors import InputError
 
 if TYPE_CHECKING:
     from distill.objective import Objective
+    from distill.presets import Preset
 
 Scorer = Literal["exact", "vqa", "anls", "relaxed", "choice", "numeric"]
 Weight = Annotated[float, Field(ge=0)]
@@ -43,12 +43,13 @@ class Gate(Strict):
 class Mask(Strict):
     """The schedule r_max -> 0 in steps of `step` or in `stages` equal stages (METHOD 2, Eq. 3).
 
-    `auto` takes r_max from the gate. `stages: 1` never restores the teacher: it stays at r_max.
+    `auto` takes r_max from the gate. Without `restore` the teacher stays at r_max.
     """
 
     r_max: Literal["auto"] | Share = "auto"
-    step: Share | None = None
+    step: Above0 | None = None
     stages: Positive | None = None
+    restore: bool = True
     tensors: Annotated[tuple[Literal["language", "vision", "embeddings"], ...], Field(min_length=1)] = (
         "language",
     )
@@ -58,8 +59,10 @@ class Mask(Strict):
     def _check(self) -> Mask:
         if self.step is not None and self.stages is not None:
             raise ValueError("give step or stages, not both")
-        if self.step == 0:
-            raise ValueError("step must be above 0")
+        if self.restore and self.stages == 1:
+            raise ValueError("one stage does not get from r_max to 0; give more, or restore: false")
+        if not self.restore and (self.step is not None or (self.stages or 1) > 1):
+            raise ValueError("restore: false has one stage; remove step and stages")
         if self.r_max == "auto" and self.gate is None:
             raise ValueError("r_max auto is chosen by the gate; give a gate, or r_max as a number")
         if self.step is not None and self.r_max != "auto":
@@ -79,7 +82,7 @@ class Mask(Strict):
 
     def stages_at(self, r_max: float) -> int:
         """How many stages the schedule has from `r_max` (one where the teacher is not masked)."""
-        if not r_max:
+        if not r_max or not self.restore:
             return 1
         return round(r_max / self.step) + 1 if self.step else self.stages or 5
 
@@ -246,32 +249,52 @@ Judge = Annotated[RuleJudge | ModelJudge, Field(discriminator="kind")]
 
 
 class ObjectiveSettings(Strict):
-    """A preset of the objective, and single switches changed from it (METHOD 5)."""
+    """A preset of the objective, and single switches changed from it (METHOD 5).
+
+    `teachers` says how several act: one after the other as they grow, or all at once with `fixed` weights,
+    weights by `accuracy`, or `drop`ped at random with probability `drop`. null: as the preset says.
+    """
 
     preset: str = "robust"
     change: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    teachers: Literal["one", "fixed", "accuracy", "drop"] | None = None
+    drop: Share = 0.5
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveSettings:
         _ = self.switches
+        for name, value in self.change.items():
+            wanted = getattr(self._preset.objective, name)
+            fits = isinstance(value, type(wanted)) or (type(wanted) is float and type(value) is int)
+            if not fits:
+                raise ValueError(f"objective.change.{name}: got {value!r}, the preset has {wanted!r}")
         return self
 
     @property
     def switches(self) -> Objective:
-        """The objective itself. Raises ValueError for an unknown preset or switch."""
-        from distill.objective import Objective
+        """The objective itself."""
+        from distill import presets
 
-        strict.known(self.preset, ("robust", "paper"), "preset")
-        base: Objective = getattr(Objective, self.preset)()
-        names = [field.name for field in fields(base)]
-        for name, value in self.change.items():
-            strict.known(name, names, "switch")
-            wanted = getattr(base, name)
-            if isinstance(wanted, (bool, str)) and type(value) is not type(wanted):
-                raise ValueError(f"change.{name}: wanted {type(wanted).__name__}, got {value!r}")
-            if isinstance(wanted, (int, float)) and isinstance(value, str):
-                raise ValueError(f"change.{name}: wanted a number, got {value!r}")
-        return replace(base, **self.change)  # type: ignore[arg-type]
+        try:
+            return presets.objective(self.preset, dict(self.change))
+        except InputError as error:  # only a ValueError is told with its place in the recipe
+            raise ValueError(str(error)) from error
+
+    @property
+    def together(self) -> str:
+        """How several teachers act."""
+        return self.teachers or self._preset.teachers
+
+    @property
+    def restores(self) -> str:
+        """What the preset says of the mask: `stages`, `never` or `unmasked`."""
+        return self._preset.restore
+
+    @property
+    def _preset(self) -> Preset:
+        from distill.presets import PRESETS
+
+        return PRESETS[self.preset]
 
 
 class SignalSettings(Strict):

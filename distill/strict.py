@@ -124,7 +124,7 @@ def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
         return f"{where}: unknown key{_nearest(str(place[-1]), place[:-1], model)}"
     if fault["type"] == "value_error":
         text = str(fault["ctx"]["error"])
-        return f"{where}: {text}" if place else text
+        return f"{where}: {text}" if place and not text.startswith(where) else text
     same = [f for f in faults if _place(f["loc"], raw) == place]
     said = " or ".join(dict.fromkeys(_lower(f["msg"]) for f in same))
     return f"{where}: {said}, got {fault['input']!r}"
