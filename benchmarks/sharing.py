@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,10 +38,13 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.interleaved import Figure, measure, table
-from distill import fresh, recipe, tree
+from distill import demo_recipe, fresh, tree
+from distill.encoding import Prompt
+from distill.features import Features, encode_images
+from distill.sampling import Sampling, sample
+from distill.tree import Group
 from distill.vqa import VqaData
 from evals import easy_vqa
 
@@ -71,38 +74,41 @@ class Work:
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         self.shape = shape
         self.model, self.data = _student(seed)
-        self.ids = {"pad_id": self.data.tokenizer.pad_token_id, "eos_id": -1}  # nothing ends a response early
+        self.pad_id = self.data.tokenizer.pad_token_id
         draw = np.random.default_rng(seed)
-        self.rows = [_row(self.data, shape, draw) for _ in range(shape.rows)]
-        self.pixels = self.data.pixels(range(shape.rows))
+        self.rows = [_row(self.data, shape, image, draw) for image in range(shape.rows)]
         self.flat = [
             (image, group.prompt, response)
             for image, row in enumerate(self.rows)
             for group in row
             for response in group.responses
         ]
-        self.owner = torch.tensor([image for image, *_ in self.flat])
+        self.owner = [image for image, *_ in self.flat]
 
     # --- training: mean of -log p of every response token ---
 
     def train_tree(self) -> torch.Tensor:
-        batch = tree.pack(self.rows, self.ids["pad_id"])
-        found = tree.log_probs(self.model, batch, tree.encode_images(self.model, self.pixels))
-        return torch.nn.functional.nll_loss(found, batch.target_t)
+        batch = tree.pack(self.model, self.rows, self.pad_id)
+        return torch.nn.functional.nll_loss(tree.log_probs(self.model, batch), batch.target_t)
 
     def train_image_once(self) -> torch.Tensor:
-        return self._separate(tree.encode_images(self.model, self.pixels)[self.owner])
+        return self._separate(self._images().select(self.owner))
 
     def train_naive(self) -> torch.Tensor:
-        return self._separate(tree.encode_images(self.model, self.pixels[self.owner]))
+        return self._separate(self._images_apart())
 
-    def _separate(self, features: torch.Tensor) -> torch.Tensor:
+    def _images(self) -> Features:
+        return encode_images(self.model, [row[0].prompt for row in self.rows])
+
+    def _images_apart(self) -> Features:
+        return encode_images(self.model, [prompt for _, prompt, _ in self.flat])
+
+    def _separate(self, features: Features) -> torch.Tensor:
         """Plain causal sequences; only the places that predict reach the head, as in the tree."""
-        ids = torch.tensor([[*prompt, *response[:-1]] for _, prompt, response in self.flat])
+        ids = torch.tensor([[*prompt.ids, *response[:-1]] for _, prompt, response in self.flat])
         target = torch.tensor([response for *_, response in self.flat])
-        image = BaseModelOutputWithPooling(pooler_output=cast(Any, list(features)))
         hidden = self.model.base_model(
-            input_ids=ids, mm_encoder_outputs={"image": image}, use_cache=False
+            input_ids=ids, mm_encoder_outputs=features.outputs(), use_cache=False
         ).last_hidden_state[:, -self.shape.response :]
         logits = self.model.get_output_embeddings()(hidden).float().flatten(0, 1)
         return torch.nn.functional.nll_loss(logits.log_softmax(-1), target.flatten())
@@ -110,28 +116,28 @@ class Work:
     # --- generation: 8 responses to every question ---
 
     def generate_tree(self, greedy: bool = False) -> list[list[int]]:
-        return self._sample(
-            self.rows, tree.encode_images(self.model, self.pixels), self.shape.responses, greedy
-        )
+        return self._sample(self.rows, self._images(), self.shape.responses, greedy)
 
     def generate_image_once(self, greedy: bool = False) -> list[list[int]]:
-        features = tree.encode_images(self.model, self.pixels)[self.owner]
-        return self._sample([[tree.Group(prompt)] for _, prompt, _ in self.flat], features, 1, greedy)
+        return self._sample(self._rows_apart(), self._images().select(self.owner), 1, greedy)
 
     def generate_naive(self, greedy: bool = False) -> list[list[int]]:
-        features = tree.encode_images(self.model, self.pixels[self.owner])
-        return self._sample([[tree.Group(prompt)] for _, prompt, _ in self.flat], features, 1, greedy)
+        return self._sample(self._rows_apart(), self._images_apart(), 1, greedy)
 
-    def _sample(self, rows: Any, features: torch.Tensor, count: int, greedy: bool) -> list[list[int]]:
-        settings = tree.Sampling(max_new_tokens=self.shape.response, greedy=greedy)
+    def _rows_apart(self) -> list[list[Group]]:
+        return [[Group(prompt)] for _, prompt, _ in self.flat]
+
+    def _sample(self, rows: Any, features: Features, count: int, greedy: bool) -> list[list[int]]:
+        """Nothing ends a response early."""
+        settings = Sampling(max_new_tokens=self.shape.response, greedy=greedy)
         generator = torch.Generator().manual_seed(0)
-        drawn = tree.sample(self.model, rows, features, count, settings, generator, **self.ids)
+        drawn = sample(self.model, rows, features, count, settings, generator, pad_id=self.pad_id, eos_ids=[])
         return [list(response.ids) for responses in drawn for response in responses]
 
     def generate_generate(self, greedy: bool = False) -> list[list[int]]:
-        asked = [(image, group.prompt) for image, row in enumerate(self.rows) for group in row]
-        prompts = torch.tensor([prompt for _, prompt in asked])
-        default = tree.Sampling()
+        asked = [group.prompt for row in self.rows for group in row]
+        prompts = torch.tensor([prompt.ids for prompt in asked])
+        default = Sampling()
         drawing: dict[str, Any] = {
             "do_sample": True,
             "num_return_sequences": self.shape.responses,
@@ -142,7 +148,7 @@ class Work:
         out = self.model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
-            pixel_values=self.pixels[[image for image, _ in asked]][:, None],
+            pixel_values=torch.cat([prompt.vision["pixel_values"] for prompt in asked]),
             max_new_tokens=self.shape.response,
             eos_token_id=None,
             **({"do_sample": False} if greedy else drawing),
@@ -152,7 +158,7 @@ class Work:
 
 def _student(seed: int) -> tuple[Any, VqaData]:
     """The demo's student with its own tokenizer and processor, weights random."""
-    demo = recipe.read(recipe.RECIPES / "demo.yaml")
+    demo = demo_recipe.read(demo_recipe.RECIPES / "demo.yaml")
     questions = easy_vqa.load("train")
     texts = [f"User:{q.question}\nAssistant: {q.answer}" for q in questions[:2000]]
     tokenizer = fresh.train_tokenizer(texts, demo.tokenizer.special, demo.tokenizer.vocab_size)
@@ -165,11 +171,11 @@ def _student(seed: int) -> tuple[Any, VqaData]:
         return model, VqaData(questions[:2000], AutoProcessor.from_pretrained(out))
 
 
-def _row(data: VqaData, shape: Shape, draw: np.random.Generator) -> list[tree.Group]:
+def _row(data: VqaData, shape: Shape, image: int, draw: np.random.Generator) -> list[Group]:
     """Prompts of exactly `shape.prompt` ids: a real prompt's start up to its image, random ids, its end."""
     real = data.prompt("what color is the shape?")
-    image = data.tokenizer.convert_tokens_to_ids("<image>")
-    start = len(real) - real[::-1].index(image) + 1  # with the token after the image block
+    placeholder = data.tokenizer.convert_tokens_to_ids("<image>")
+    start = len(real) - real[::-1].index(placeholder) + 1  # with the token after the image block
     end = real[-2:]
     ordinary = [i for i in range(len(data.tokenizer)) if i not in data.tokenizer.all_special_ids]
 
@@ -179,9 +185,10 @@ def _row(data: VqaData, shape: Shape, draw: np.random.Generator) -> list[tree.Gr
     middle = shape.prompt - start - len(end)
     if middle < 1:
         raise SystemExit(f"a prompt of {shape.prompt} tokens is too short: {start + len(end) + 1} at least")
+    vision = {"pixel_values": data.pixels([image])[:, None]}
     return [
-        tree.Group(
-            (*real[:start], *random(middle), *end),
+        Group(
+            Prompt((*real[:start], *random(middle), *end), vision, str(image)),
             tuple(random(shape.response) for _ in range(shape.responses)),
         )
         for _ in range(shape.questions)
@@ -229,7 +236,7 @@ def bounds(work: Work) -> dict[str, float]:
     """
     shape, config = work.shape, work.model.config
     p, r, g = shape.prompt, shape.response, shape.responses
-    fed = int((tree.pack(work.rows, 0).question_bl != tree.PADDING).sum())
+    fed = int((tree.pack(work.model, work.rows, 0).question_bl != tree.PADDING).sum())
     apart = shape.sequences * (p + r - 1)
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     vision = patches * config.vision_config.num_hidden_layers

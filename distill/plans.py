@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill import objective, pool, tree
+from distill.features import Features
 from distill.masking import LANGUAGE, Masker
 from distill.objective import Objective
 from distill.pool import Response, Row
@@ -58,17 +59,11 @@ class LabelPlan:
         for image in images:
             asked = self.data.by_image[image]
             chosen = draw.choice(len(asked), min(self.questions_per_image, len(asked)), replace=False)
-            rows.append(
-                [
-                    tree.Group(
-                        self.data.prompt(asked[i].question), (self.data.response(self.target(asked[i].id)),)
-                    )
-                    for i in chosen
-                ]
-            )
-        batch = tree.pack(rows, self.data.tokenizer.pad_token_id)
+            answers = {asked[i].id: self.data.response(self.target(asked[i].id)) for i in chosen}
+            rows.append([self.data.group(question, [answer]) for question, answer in answers.items()])
+        batch = tree.pack(model, rows, self.data.tokenizer.pad_token_id)
         generator = torch.Generator().manual_seed(int(draw.integers(2**31)))
-        features = tree.encode_images(model, shifted(self.data.pixels(images), generator))
+        features = self.data.encode(model, images, shifted(self.data.pixels(images), generator))
         log_probs_tv = tree.log_probs(model, batch, features)
         loss = torch.nn.functional.nll_loss(log_probs_tv, batch.target_t)
         return loss, {"tokens": float(len(batch.target_t))}
@@ -161,11 +156,11 @@ class PoolPlan:
         images = [row.image for row in rows]
         place = [self._place[image] for image in images]
         with torch.no_grad():
-            teacher_tv = tree.log_probs(self.teacher, packed, self._teacher_features[place])
+            teacher_tv = tree.log_probs(self.teacher, packed, self._teacher_features.select(place))
             reference_tv = None
             if self._initial_features is not None:
-                reference_tv = tree.log_probs(self.initial, packed, self._initial_features[place])
-        student_tv = tree.log_probs(model, packed, tree.encode_images(model, self.data.pixels(images)))
+                reference_tv = tree.log_probs(self.initial, packed, self._initial_features.select(place))
+        student_tv = tree.log_probs(model, packed, self.data.encode(model, images))
         batch = self._batch(packed, rows, responses)
         found = objective.dense_terms(student_tv, packed.target_t, teacher_tv, reference_tv, self.switches)
         terms = objective.masters(found, batch, self.switches)
@@ -174,24 +169,22 @@ class PoolPlan:
             figures.update(_norm_shares(model, terms))
         return terms.total, figures
 
-    def _pack(self, rows: Sequence[Row]) -> tuple[tree.Tree, list[Response]]:
+    def _pack(self, rows: Sequence[Row]) -> tuple[tree.Batch, list[Response]]:
         groups, flat = [], []
         for row in rows:
+            found = [self._responses[q] for q in row.questions]
             groups.append(
                 [
-                    tree.Group(
-                        self.data.prompt(self.data.question[q].question),
-                        tuple(response.ids for response in self._responses[q]),
-                    )
-                    for q in row.questions
+                    self.data.group(q, [response.ids for response in responses])
+                    for q, responses in zip(row.questions, found, strict=True)
                 ]
             )
-            flat += [response for q in row.questions for response in self._responses[q]]
-        return tree.pack(groups, self.data.tokenizer.pad_token_id), flat
+            flat += [response for responses in found for response in responses]
+        return tree.pack(self.teacher, groups, self.data.tokenizer.pad_token_id), flat
 
     def _batch(
         self,
-        packed: tree.Tree,
+        packed: tree.Batch,
         rows: Sequence[Row],
         responses: Sequence[Response],
     ) -> objective.Batch:
@@ -216,10 +209,10 @@ class PoolPlan:
 
 
 @torch.no_grad()
-def _all_features(model: PreTrainedModel, data: VqaData, images: Sequence[int]) -> torch.Tensor:
+def _all_features(model: PreTrainedModel, data: VqaData, images: Sequence[int]) -> Features:
     model.eval()
     parts = [images[start : start + 200] for start in range(0, len(images), 200)]
-    return torch.cat([tree.encode_images(model, data.pixels(part)) for part in parts])
+    return Features.join([data.encode(model, part) for part in parts])
 
 
 def _norm_shares(model: PreTrainedModel, terms: objective.Terms) -> dict[str, float]:

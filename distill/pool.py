@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from distill import tree
+from distill.sampling import Sampling, sample
 from distill.vqa import VqaData
 from runtime import files
 
@@ -87,7 +87,7 @@ def draw(
     directory: Path,
     *,
     seed: int,
-    sampling: tree.Sampling | None = None,
+    sampling: Sampling | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Responses:
     """Draw `count` responses to every question and keep them in sealed shards under `directory`.
@@ -102,9 +102,7 @@ def draw(
             part = rows[start : start + ROWS_PER_SHARD]
             state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
             generator = torch.Generator().manual_seed(state)
-            files.write_shard(
-                path, _draw_shard(model, data, part, count, generator, sampling or tree.Sampling())
-            )
+            files.write_shard(path, _draw_shard(model, data, part, count, generator, sampling or Sampling()))
         if progress is not None:
             progress(number + 1, len(shards))
     return load(directory, source)
@@ -116,20 +114,18 @@ def _draw_shard(
     rows: Sequence[Row],
     count: int,
     generator: torch.Generator,
-    sampling: tree.Sampling,
+    sampling: Sampling,
 ) -> list[list[object]]:
-    features = tree.encode_images(model, data.pixels([row.image for row in rows]))
-    groups = [[tree.Group(data.prompt(data.question[q].question)) for q in row.questions] for row in rows]
     tokens = data.tokenizer
-    drawn = tree.sample(
+    drawn = sample(
         model,
-        groups,
-        features,
+        [[data.group(q) for q in row.questions] for row in rows],
+        data.encode(model, [row.image for row in rows]),
         count,
         sampling,
         generator,
         pad_id=tokens.pad_token_id,
-        eos_id=tokens.eos_token_id,
+        eos_ids=[tokens.eos_token_id],
     )
     out: list[list[object]] = []
     for question, responses in zip((q for row in rows for q in row.questions), drawn, strict=True):

@@ -16,7 +16,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from distill import tree
+from distill import sampling
+from distill.encoding import Prompt
+from distill.features import Features, encode_images
+from distill.sampling import Sampling
+from distill.tree import Group
 from evals import easy_vqa
 from evals.easy_vqa import Question
 
@@ -85,6 +89,22 @@ class VqaData:
         path = next(iter(self.by_image.values()))[0].image_path
         return Image.open(path).convert("RGB")
 
+    def group(self, question: int, responses: Sequence[tuple[int, ...]] = ()) -> Group:
+        """The question about its own image, with responses to it."""
+        asked = self.question[question]
+        (pixels,) = self.pixels([asked.image_id])
+        return Group(
+            Prompt(self.prompt(asked.question), _vision(pixels), str(asked.image_id)), tuple(responses)
+        )
+
+    def encode(
+        self, model: PreTrainedModel, images: Sequence[int], pixels: torch.Tensor | None = None
+    ) -> Features:
+        """Features of the images, in one call; `pixels` (B, 3, H, W) where they were altered."""
+        found = self.pixels(images) if pixels is None else pixels
+        some = self.prompt(self.by_image[images[0]][0].question)
+        return encode_images(model, [Prompt(some, _vision(x)) for x in found])
+
     def response(self, text: str) -> tuple[int, ...]:
         """Ids of a target response, with the end token."""
         if text not in self._responses:
@@ -94,6 +114,11 @@ class VqaData:
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def _vision(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One image (3, H, W) as the processor's tensors."""
+    return {"pixel_values": pixels[None, None]}
 
 
 def shifted(pixels: torch.Tensor, generator: torch.Generator, most: int = 3) -> torch.Tensor:
@@ -109,30 +134,28 @@ def shifted(pixels: torch.Tensor, generator: torch.Generator, most: int = 3) -> 
 
 @torch.no_grad()
 def answers(
-    model: PreTrainedModel, data: VqaData, images: Sequence[int], *, features: torch.Tensor | None = None
+    model: PreTrainedModel, data: VqaData, images: Sequence[int], *, features: Features | None = None
 ) -> dict[int, str]:
     """Greedy free-text answers to every question about the images: question id -> text."""
     found: dict[int, str] = {}
     for start in range(0, len(images), 100):
         part = images[start : start + 100]
-        seen = (
-            features[start : start + 100]
-            if features is not None
-            else tree.encode_images(model, data.pixels(part))
-        )
-        rows = [[tree.Group(data.prompt(q.question)) for q in data.by_image[image]] for image in part]
-        drawn = tree.sample(
+        if features is None:
+            seen = data.encode(model, part)
+        else:
+            seen = features.select(range(start, start + len(part)))
+        questions = [q.id for image in part for q in data.by_image[image]]
+        drawn = sampling.sample(
             model,
-            rows,
+            [[data.group(q.id) for q in data.by_image[image]] for image in part],
             seen,
             1,
-            tree.Sampling(greedy=True),
+            Sampling(greedy=True),
             torch.Generator(),
             pad_id=data.tokenizer.pad_token_id,
-            eos_id=data.tokenizer.eos_token_id,
+            eos_ids=[data.tokenizer.eos_token_id],
         )
-        questions = [q for image in part for q in data.by_image[image]]
-        found.update({q.id: data.text(r[0].ids) for q, r in zip(questions, drawn, strict=True)})
+        found.update({q: data.text(r[0].ids) for q, r in zip(questions, drawn, strict=True)})
     return found
 
 

@@ -44,16 +44,18 @@ def test_a_label_step_is_cross_entropy(tiny_model: Any, data: VqaData) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "shifted", lambda *a: seen.append(shifted(*a)) or seen[-1])
         packed: list[Any] = []
-        patch.setattr(tree, "pack", lambda rows, pad, pack=tree.pack: packed.append(rows) or pack(rows, pad))
+        patch.setattr(
+            tree, "pack", lambda m, rows, pad, pack=tree.pack: packed.append(rows) or pack(m, rows, pad)
+        )
         loss, figures = plan.loss(tiny_model, 3)
     losses = []
     for pixels, row in zip(seen[0], packed[0], strict=True):
         for group in row:
             (response,) = group.responses
             logits = tiny_model(
-                input_ids=torch.tensor([[*group.prompt, *response]]), pixel_values=pixels[None, None]
+                input_ids=torch.tensor([[*group.prompt.ids, *response]]), pixel_values=pixels[None, None]
             ).logits[0]
-            places = logits[len(group.prompt) - 1 : -1]
+            places = logits[len(group.prompt.ids) - 1 : -1]
             losses.append(torch.nn.functional.cross_entropy(places, torch.tensor(response), reduction="none"))
     expected = torch.cat(losses)
     assert len(losses) == 6 and figures["tokens"] == len(expected)
@@ -164,11 +166,11 @@ def test_a_mask_on_vision_changes_the_features(
     plan.masker = Masker(plan.teacher, 0.4, (LANGUAGE, VISION))
     before = plan._teacher_features
     plan.prepare(tiny_model, 0)
-    assert not torch.equal(plan._teacher_features, before)
+    assert not any(map(torch.equal, plan._teacher_features.tokens, before.tokens))
     images = [row.image for row in training.rows(data)[:2]]
     place = [plan._place[image] for image in images]
-    masked = tree.encode_images(plan.teacher, data.pixels(images))
-    torch.testing.assert_close(plan._teacher_features[place], masked)
+    masked = data.encode(plan.teacher, images)
+    torch.testing.assert_close(plan._teacher_features.select(place).tokens, masked.tokens)
 
 
 def test_shares_of_the_gradient(

@@ -11,6 +11,7 @@ import torch
 
 from distill import pool, tree
 from distill.pool import Response, Row
+from distill.sampling import Sampling
 from distill.vqa import VqaData
 from evals import scorers
 from runtime.errors import StateError
@@ -28,7 +29,7 @@ def rows(data: VqaData, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
 
 
 def draw(model: Any, data: VqaData, rows: list[Row], directory: Path, **options: Any) -> pool.Responses:
-    settings: dict[str, Any] = {"seed": 3, "sampling": tree.Sampling(max_new_tokens=4, top_k=3), **options}
+    settings: dict[str, Any] = {"seed": 3, "sampling": Sampling(max_new_tokens=4, top_k=3), **options}
     return pool.draw(model, data, rows, 4, settings.pop("source", "teacher"), directory, **settings)
 
 
@@ -52,13 +53,11 @@ def test_recorded_log_probs_are_the_models(
 ) -> None:
     found = draw(tiny_model, data, rows, tmp_path)
     for row in rows:
-        features = tree.encode_images(tiny_model, data.pixels([row.image]))
         for question in row.questions:
-            prompt = data.prompt(data.question[question].question)
-            group = tree.Group(prompt, tuple(r.ids for r in found[question]))
-            batch = tree.pack([[group]], 0)
+            group = data.group(question, [r.ids for r in found[question]])
+            batch = tree.pack(tiny_model, [[group]], 0)
             with torch.no_grad():
-                scored = tree.log_probs(tiny_model, batch, features)
+                scored = tree.log_probs(tiny_model, batch)
             chosen = scored.gather(-1, batch.target_t[:, None])[:, 0].tolist()
             recorded = [value for r in found[question] for value in r.mu]
             assert recorded == pytest.approx(chosen, abs=2e-5)  # shards keep six decimals

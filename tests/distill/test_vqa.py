@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from distill import vqa
+from distill.features import Features
 from distill.vqa import VqaData
 from evals import easy_vqa
 from evals.easy_vqa import Question
@@ -210,5 +211,5 @@ def test_answers_are_greedy_and_free(tiny_model: Any, data: VqaData) -> None:
         do_sample=False,
     )
     assert found[item.id] == data.text(whole[0, len(ids) :].tolist())
-    features = torch.cat([vqa.tree.encode_images(tiny_model, data.pixels([image])) for image in images])
+    features = Features.join([data.encode(tiny_model, [image]) for image in images])
     assert vqa.answers(tiny_model, data, images, features=features) == found

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from distill import loop, plans, pool, tree
+from distill import loop, plans, pool
 from distill.masking import Masker
 from distill.objective import Objective
 from distill.pool import Row
+from distill.sampling import Sampling
 from distill.vqa import VqaData
 from evals import easy_vqa, scorers
 
@@ -62,8 +63,8 @@ def draw_pools(checkpoint: Path, data: VqaData, directory: Path) -> dict[int, st
     return reference
 
 
-def sampling() -> tree.Sampling:
-    return tree.Sampling(max_new_tokens=4, top_k=4)
+def sampling() -> Sampling:
+    return Sampling(max_new_tokens=4, top_k=4)
 
 
 def pool_plan(
