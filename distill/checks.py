@@ -84,8 +84,8 @@ def inspect(model: Model) -> Checkpoint:
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise CheckpointError(
-            f"{name}: model_type {config.model_type} takes no images and text together; give a vision-language "
-            "model"
+            f"{name}: model_type {config.model_type} takes no images and text together; give a "
+            "vision-language model"
         )
     quantised = raw.get("quantization_config")
     method = str(quantised.get("quant_method", "unknown method")) if quantised else None
@@ -94,9 +94,9 @@ def inspect(model: Model) -> Checkpoint:
 
 def _raw_config(name: str, revision: str | None) -> Mapping[str, Any]:
     path = Path(name)
-    if path.is_absolute() or path.exists() or name.startswith("."):
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{name}: is no Hugging Face checkpoint directory (no config.json)")
+    local = path.is_absolute() or path.exists() or name.startswith(".") or name.count("/") > 1
+    if local and not (path / "config.json").is_file():
+        raise CheckpointError(f"{name}: is no Hugging Face checkpoint directory (no config.json)")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:

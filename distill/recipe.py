@@ -39,6 +39,7 @@ from distill.settings import (
 )
 from distill.strict import Count, Strict
 from runtime import files
+from runtime.errors import InputError
 
 __all__ = [
     "MAY_CHANGE",
@@ -201,8 +202,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     A name without a directory that is no file is looked up among the recipes that ship with the package.
     Raises InputError, one line, naming the file and the key.
     """
-    if not path.exists() and path.parent == Path() and (RECIPES / path.with_suffix(".yaml")).exists():
-        path = RECIPES / path.with_suffix(".yaml")
+    shipped = {each.stem: each for each in sorted(RECIPES.glob("*.yaml")) if each.stem != "demo"}
+    if not path.is_file() and str(path) in shipped:
+        path = shipped[str(path)]
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such recipe file; those that ship: {', '.join(shipped)}")
     raw: dict[str, Any] = strict.override(strict.load_yaml(path), overrides)
     return strict.validate(Recipe, raw, path)
 

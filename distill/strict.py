@@ -83,7 +83,9 @@ def override(raw: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise InputError(f"--set {setting}: the value is no YAML ({error})") from error
+            raise InputError(
+                f"--set {setting}: the value is no YAML ({' '.join(str(error).split())})"
+            ) from error
         raw = _laid(raw, keys, value, setting)
     return raw
 
@@ -126,14 +128,8 @@ def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
         text = str(fault["ctx"]["error"])
         return f"{where}: {text}" if place and not text.startswith(where) else text
     same = [f for f in faults if _place(f["loc"], raw) == place]
-    said = " or ".join(dict.fromkeys(_lower(f["msg"]) for f in same))
-    return f"{where}: {said}, got {fault['input']!r}"
-
-
-def _lower(message: str) -> str:
-    return (
-        message.removeprefix("Input ").replace("Input ", "", 1) if message.startswith("Input ") else message
-    )
+    said = " or ".join(dict.fromkeys(f["msg"].removeprefix("Input should be ") for f in same))
+    return f"{where}: wanted {said}, got {fault['input']!r}"
 
 
 def _place(loc: Sequence[int | str], raw: Any, *, missing: bool = False) -> tuple[int | str, ...]:
