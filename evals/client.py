@@ -140,12 +140,17 @@ class Client:
         """One text a chat, greedy unless `options` say otherwise: what a judge takes."""
         return [choices[0].text for choices in self.chat(conversations, **{"greedy": True, **options})]
 
-    def stream(self, requests: Iterable[tuple[Messages, Ask]]) -> Iterator[tuple[int, list[Choice]]]:
+    def stream(
+        self,
+        requests: Iterable[tuple[Messages, Ask]],
+        refused: Callable[[int, RequestRefused], None] | None = None,
+    ) -> Iterator[tuple[int, list[Choice]]]:
         """Yield (place of the request, its choices) in the order in which they arrive.
 
         At most `concurrency` requests are under way, and one is taken from `requests` when there is room
         for it, so the images of a long list are never all in memory. When a request fails for good, no
         more are taken or tried again, those under way are still yielded, then the error is raised.
+        `refused` is told of requests that the server will not answer, instead.
         """
         self._draining = False
         arrived: queue.SimpleQueue[tuple[int, concurrent.futures.Future[list[Choice]]]] = queue.SimpleQueue()
@@ -168,6 +173,9 @@ class Client:
                 try:
                     choices = done.result()
                 except ServerError as failed:
+                    if refused is not None and isinstance(failed, RequestRefused):
+                        refused(place, failed)
+                        continue
                     error, self._draining = error or failed, True
                     continue
                 yield place, choices
