@@ -248,13 +248,13 @@ class VlmEval:
             choices=tuple(choices),
         )
 
-    def _images(self, row: Mapping[str, str]) -> list[str]:
+    def _images(self, row: Mapping[str, str]) -> list[Any]:
         if not _given(row, "image"):
             return _several(row["image_path"]) if _given(row, "image_path") else []
         value = row["image"]
         if len(value) <= INDEX_UP_TO:
             value = self._store[self._store.row_of(value)]["image"]
-        return _several(value)
+        return [{"base64": each} for each in _several(value)]
 
 
 def _given(row: Mapping[str, str], key: str) -> bool:

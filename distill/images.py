@@ -69,10 +69,12 @@ def image_source(value: Any, folder: Path) -> ImageSource:
     Raises InputError, naming the path of a file that is not there.
     """
     if isinstance(value, Mapping):
-        for key in ("bytes", "image", "image_url", "url", "base64", "path"):
+        if isinstance(value.get("base64"), str):
+            return ImageSource(data=_decoded(value["base64"]))
+        for key in ("bytes", "image", "image_url", "url", "path"):
             if value.get(key) is not None:
                 return image_source(value[key], folder)
-        raise InputError(f"a picture with the keys {sorted(value)}: wanted bytes, path, image or url")
+        raise InputError(f"a picture with the keys {sorted(value)}: wanted bytes, base64, path, image or url")
     if isinstance(value, (bytes, bytearray)):
         return ImageSource(data=bytes(value))
     if not isinstance(value, str):

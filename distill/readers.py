@@ -207,7 +207,7 @@ def _line_spans(path: Path, *, quotes: bool = False) -> tuple[Offsets, Offsets]:
     ends = np.concatenate([*breaks, np.array([base])]).astype(np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
     keep = ends > starts
-    for place in np.flatnonzero(keep & (ends - starts < 3)):  # a lone carriage return or blanks
+    for place in np.flatnonzero(keep & (ends - starts < 16)):  # a lone carriage return or blanks
         with path.open("rb") as stream:
             stream.seek(int(starts[place]))
             keep[place] = bool(stream.read(int(ends[place] - starts[place])).strip())
