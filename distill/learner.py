@@ -1,26 +1,136 @@
-"""The student as one module whose forward is the whole loss of a micro-batch.
+"""The student as one module whose forward is the whole loss of a micro-batch, and the models beside it.
 
-In: a student. Out: a module for `Accelerator.prepare`. Not here: the loop, what the micro-batches are
-(`distill/steps.py`).
+In: a student, frozen teachers and a reference. Out: a module for `Accelerator.prepare`, hidden states and
+distributions of rows. Not here: the loss (`distill/parts.py`), which rows (`distill/steps.py`), the loop.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
+from distill import tree
+from distill.encoding import Encoder
+from distill.feature_store import FeatureStore
+from distill.features import Features, encode_images
+from distill.objective import Objective
 from distill.processes import Held, block_classes
+from distill.signal import Head, LiveSignal, Signal
+from distill.student import adapters_off, plain, vision_parameters
+from runtime.errors import InputError
 
 
 class Learner(Held):
     """`learner(part)` is `part(student)`, a micro-batch's loss and figures. DDP and FSDP2 hook this forward,
-    so a part may use any piece of the student: image encoder, decoder, the head's weight."""
+    so a part may use any piece of the student: image encoder, decoder, the head's weight. With LoRA the
+    part gets the base model, in which the adapters are.
 
-    def __init__(self, student: PreTrainedModel) -> None:
+    Under FSDP2 blocks of which nothing is trained and that lie outside the decoder (a frozen vision part)
+    stay whole: processes may then encode different numbers of images.
+    """
+
+    def __init__(self, student: Any) -> None:
         super().__init__(student)
-        self._no_split_modules = block_classes(student)
+        plain_student = plain(student)
+        held_back = {id(p) for p in vision_parameters(plain_student) if not p.requires_grad}
+        self._no_split_modules = block_classes(plain_student, without=held_back)
+
+    def forward(self, call: Any) -> Any:
+        return call(plain(self.model))
 
     def tie_weights(self) -> None:
         """For Accelerate, after it has moved weights between devices."""
-        cast(PreTrainedModel, self.model).tie_weights()
+        cast(Any, self.model).tie_weights()
+
+
+class FrozenModel:
+    """A teacher or a reference model: its weights as `processes.hold` holds them, how it reads prompts.
+
+    `encoder` None: it reads the student's prompts. `cache`: where its image features are kept; None where its
+    vision part changes between phases (a mask that touches it). `weight` counts where several teach at once.
+    """
+
+    def __init__(
+        self,
+        held: Held,
+        encoder: Encoder | None = None,
+        *,
+        sharing: str = tree.TREE,
+        cache: FeatureStore | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        self.held, self.encoder, self.sharing, self.weight = held, encoder, sharing, weight
+        self.cache = cache
+        self._head: Head | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.held.model)
+
+    @torch.no_grad()
+    def signal(self, rows: Sequence[tree.Row], pad_id: int) -> LiveSignal:
+        """Its distributions at every predicting place of the rows. Under FSDP2 all processes call alike."""
+
+        def forward(model: Any) -> torch.Tensor:
+            if self._head is None:
+                self._head = Head.of(model)
+            features = _features(model, rows, self.cache)
+            batch = tree.pack(model, rows, pad_id)
+            return tree.hidden_states(model, batch, features, sharing=self.sharing)
+
+        hidden_th = self.held(forward)
+        assert self._head is not None
+        return LiveSignal(hidden_th, self._head)
+
+
+TeacherModel = FrozenModel
+
+
+def _features(model: PreTrainedModel, rows: Sequence[tree.Row], cache: FeatureStore | None) -> Features:
+    prompts = [row[0].prompt for row in rows]
+    return encode_images(model, prompts) if cache is None else cache.features(model, prompts)
+
+
+@dataclass
+class Context:
+    """What the micro-batches of a run share.
+
+    `reference`: a frozen copy of the initial student; None with `lora` (adapters off) or where the objective
+    needs none. `cache`: image features of a student whose vision part is frozen, None where it learns.
+    """
+
+    encoder: Encoder
+    switches: Objective
+    sharing: str = tree.TREE
+    chunk_tokens: int = 1024
+    reference: FrozenModel | None = None
+    lora: bool = False
+    cache: FeatureStore | None = None
+    _heads: dict[int, Head] = field(default_factory=dict)
+
+    def head(self, student: PreTrainedModel) -> Head:
+        if id(student) not in self._heads:
+            self._heads[id(student)] = Head.of(student)
+        return self._heads[id(student)]
+
+    def hidden(self, student: PreTrainedModel, rows: Sequence[tree.Row], batch: tree.Batch) -> torch.Tensor:
+        """(T, hidden) of the student, with gradients."""
+        return tree.hidden_states(student, batch, _features(student, rows, self.cache), sharing=self.sharing)
+
+    @torch.no_grad()
+    def reference_signal(
+        self, student: PreTrainedModel, rows: Sequence[tree.Row], batch: tree.Batch
+    ) -> Signal | None:
+        """The initial student's distributions, where the loss needs them."""
+        if not self.switches.needs_reference:
+            return None
+        if self.lora:
+            with adapters_off(student):
+                return LiveSignal(self.hidden(student, rows, batch), self.head(student))
+        if self.reference is None:
+            raise InputError("the objective has a KL to the initial student (kl_beta) and no reference model")
+        return self.reference.signal(rows, self.encoder.pad_id)

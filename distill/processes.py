@@ -7,7 +7,7 @@ calls together. Not here: the loop, what is computed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -120,17 +120,26 @@ class Held(nn.Module):
     def forward(self, call: Callable[[Any], T]) -> T:
         return call(self.model)
 
+    def reshard(self) -> None:
+        """Under FSDP2: drop what is whole here, to be called when the shards were changed (a mask)."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
-def hold(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype | None = None) -> Held:
-    """A frozen model (teacher, reference), on this process's device; under FSDP2 in shards, as the student.
+
+def hold(accelerator: Accelerator, model: Any) -> Held:
+    """A frozen model (teacher, reference), on this process's device; under FSDP2 its decoder in shards.
 
     `held(lambda model: ...)` runs a forward; under FSDP2 every process must run as many as the others.
+    The vision part, embeddings and head stay whole in each process once they were used: processes may
+    then encode different numbers of images.
     """
     held = Held(model.requires_grad_(False).eval())
     if not accelerator.is_fsdp2:
         return held.to(accelerator.device)
-    policy = MixedPrecisionPolicy(param_dtype=dtype)
-    blocks = block_classes(model)
+    policy = MixedPrecisionPolicy()
+    decoder = {id(p) for p in model.base_model.get_decoder().parameters()}
+    blocks = block_classes(model, without={id(p) for p in model.parameters()} - decoder)
     for module in reversed(list(model.modules())):
         if type(module).__name__ in blocks:
             fully_shard(module, mp_policy=policy)
@@ -138,7 +147,13 @@ def hold(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype | None =
     return held
 
 
-def block_classes(model: nn.Module) -> list[str]:
-    """Class names of the model's repeated blocks, as the model itself names them."""
+def block_classes(model: nn.Module, without: Collection[int] = ()) -> list[str]:
+    """Class names of the model's repeated blocks, as the model itself names them; none whose blocks hold a
+    parameter with an id in `without`."""
     wanted = set(getattr(model, "_no_split_modules", None) or ())
-    return sorted({type(module).__name__ for module in model.modules()} & wanted)
+    left_out = {
+        type(module).__name__
+        for module in model.modules()
+        if type(module).__name__ in wanted and any(id(p) in without for p in module.parameters())
+    }
+    return sorted({type(module).__name__ for module in model.modules()} & wanted - left_out)

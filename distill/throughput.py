@@ -12,12 +12,15 @@ computes again. A prompt that a tree shares is counted once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from distill.encoding import Prompt
 
 PEAK_FLOPS = (
     # the first name that the device's name contains; dense bfloat16, operations a second
@@ -56,38 +59,52 @@ class Weights:
     trained_vision: bool
 
 
+_COUNTED: weakref.WeakKeyDictionary[nn.Module, Weights] = weakref.WeakKeyDictionary()
+
+
 def weights(model: Any) -> Weights:
     """Count a model's weights by where they are used: embeddings are looked up, they cost nothing."""
+    if model not in _COUNTED:
+        _COUNTED[model] = _count(model)
+    return _COUNTED[model]
+
+
+def _count(model: Any) -> Weights:
     head = model.get_output_embeddings().weight
     looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     skipped = looked_up | {id(head)}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = {id(p): p for p in base.base_model.get_decoder().parameters() if id(p) not in skipped}
+    decoder = {id(p): p for p in model.base_model.get_decoder().parameters() if id(p) not in skipped}
     vision = {id(p): p for p in model.parameters() if id(p) not in skipped and id(p) not in decoder}
     patch = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     return Weights(
-        decoder=sum(map(_size, decoder.values())),
-        vision=sum(map(_size, vision.values())),
-        head=_size(head),
-        patch_values=0 if patch is None else _size(patch.weight) // patch.weight.shape[0],
+        decoder=sum(p.numel() for p in decoder.values()),  # of a shard, too, the whole tensor's
+        vision=sum(p.numel() for p in vision.values()),
+        head=head.numel(),
+        patch_values=0 if patch is None else patch.weight.numel() // patch.weight.shape[0],
         trained_decoder=any(p.requires_grad for p in decoder.values()),
         trained_vision=any(p.requires_grad for p in vision.values()),
     )
 
 
-def _size(parameter: torch.Tensor) -> int:
-    """Elements of the whole tensor, also where this process holds a shard of it."""
-    return parameter.numel()
-
-
 def flops(
-    counted: Weights, *, tokens: int, predicted: int, vision: Mapping[str, Any], backward: bool
+    counted: Weights,
+    prompts: Sequence[Prompt],
+    *,
+    tokens: int,
+    predicted: int,
+    cached: bool,
+    backward: bool,
 ) -> float:
     """Operations of one pass over `tokens` packed tokens of which `predicted` places reach the head.
 
-    `vision` holds the pixel tensors that are encoded (empty where features are cached).
+    `prompts` hold the pixels that are encoded, unless their features are `cached`.
     """
-    pixels = sum(t.numel() for name, t in vision.items() if name.startswith("pixel_values"))
+    pixels = sum(
+        tensor.numel()
+        for prompt in (() if cached else prompts)
+        for name, tensor in prompt.vision.items()
+        if name.startswith("pixel_values")
+    )
     patches = pixels / counted.patch_values if counted.patch_values else 0.0
     decoder = 3 if backward and counted.trained_decoder else 2 if backward else 1
     seen = 3 if backward and counted.trained_vision else 1
