@@ -364,13 +364,18 @@ def prefill(model: PreTrainedModel, batch: Batch, features: Features, groups: Se
     return Prefilled(hidden, cache, mask)
 
 
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether training recomputes activations layer by layer: layers then run without a cache."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def _by_axes(positions_anl: torch.Tensor) -> torch.Tensor:
     return positions_anl[0] if len(positions_anl) == 1 else positions_anl
 
 
 def _prefix_states(model: PreTrainedModel, batch: Batch, features: Features) -> torch.Tensor:
     """Every prompt once; its cache, through which gradients flow, expanded to its responses."""
-    if getattr(model, "is_gradient_checkpointing", False) and model.training:
+    if is_checkpointing(model) and model.training:
         raise TrainingError(
             "sharing: gradient checkpointing drops the cache that prefix sharing needs; use naive or tree"
         )
@@ -407,8 +412,8 @@ def _naive_states(model: PreTrainedModel, batch: Batch, features: Features) -> t
     base = cast(Any, model.base_model)
     whole = [(row, g.prompt, (*g.prompt.ids, *r[:-1])) for row, g in batch.flat for r in g.responses]
     ids, mask = pad_left_or_right([ids for *_, ids in whole], batch.pad_id, left=False)
-    inputs = _joined([accepted(base.forward, prompt) for _, prompt, _ in whole])
-    inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
+    given = [accepted(base.forward, prompt) for _, prompt, _ in whole]
+    inputs = _joined([{k: v for k, v in found.items() if not k.startswith("pixel")} for found in given])
     if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
         inputs["mm_token_type_ids"] = (ids == image_token(model)).long()
     hidden = base(
