@@ -13,6 +13,7 @@ A head that is no plain linear layer (LoRA, quantised, sharded, partitioned) is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.divergence import check_kind, divergence_t, flow_tv, kl_t
 from distill.objective import TokenTerms
-from distill.signal import Head, Signal, parts, working_dtype
+from distill.signal import Head, Signal, log_softmax_, parts, row_blocks, working_dtype
 from runtime.errors import TrainingError
 
 
@@ -80,8 +81,9 @@ class _Plan:
     chunk_tokens: int
 
     def spans(self) -> list[tuple[int, int]]:
+        """Start and stop of every chunk; an empty one where there are no tokens."""
         total = len(self.target_t)
-        return [(a, min(a + self.chunk_tokens, total)) for a in range(0, total, self.chunk_tokens)]
+        return [(a, min(a + self.chunk_tokens, total)) for a in range(0, max(1, total), self.chunk_tokens)]
 
     def signals(self, start: int, stop: int) -> _Said:
         """Everything the other models say about a chunk."""
@@ -101,6 +103,11 @@ class _Said:
     teachers: list[tuple[torch.Tensor | None, torch.Tensor]]
     reference: torch.Tensor | None
 
+    def rows(self, rows: slice) -> _Said:
+        """The same for some of the tokens."""
+        teachers = [(None if w is None else w[rows], log_p[rows]) for w, log_p in self.teachers]
+        return _Said(teachers, None if self.reference is None else self.reference[rows])
+
     def terms(self, log_q: torch.Tensor, target_n: torch.Tensor, plan: _Plan) -> tuple[torch.Tensor, ...]:
         """The four per-token values of a chunk from the student's log-probs (n, V)."""
         chosen = log_q.gather(-1, target_n[:, None])[:, 0]
@@ -114,11 +121,19 @@ class _Said:
         return chosen, divergence, reference, drawn.log()
 
 
+def _blocks(
+    log_q: torch.Tensor, said: _Said, target_n: torch.Tensor, plan: _Plan
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The values of a chunk, a block of rows at a time."""
+    for rows in row_blocks(*log_q.shape):
+        yield said.rows(rows).terms(log_q[rows], target_n[rows], plan)
+
+
 def _by_module(plan: _Plan, hidden_th: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Any head: each chunk under activation checkpointing, one chunk without."""
 
     def run(hidden_nh: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, ...]:
-        log_q = plan.head.log_probs(hidden_nh, plan.vocab)
+        log_q = plan.head.logits(hidden_nh, plan.vocab).log_softmax(-1)
         return plan.signals(start, stop).terms(log_q, plan.target_t[start:stop], plan)
 
     spans = plan.spans()
@@ -146,17 +161,14 @@ class _Chunked(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             linear = _Linear(weight, bias, plan, ctx.matmul_dtype)
             spans = plan.spans()
-            found = []
+            found: list[tuple[torch.Tensor, ...]] = []
             for start, stop in spans:
                 log_q, bend = linear.log_probs(hidden_th[start:stop])
                 said = plan.signals(start, stop)
-                found.append(said.terms(log_q, plan.target_t[start:stop], plan))
+                found.extend(_blocks(log_q, said, plan.target_t[start:stop], plan))
                 if len(spans) == 1 and any(ctx.needs_input_grad):
                     ctx.kept = (log_q, bend, said)
                 del log_q, bend, said
-            if not found:
-                empty = hidden_th.new_zeros(0, dtype=working_dtype(weight.dtype))
-                found = [(empty, empty.clone(), empty.clone(), empty.clone())]
             values = tuple(torch.cat(column) for column in zip(*found, strict=True))
         ctx.mark_non_differentiable(values[3])
         ctx.set_materialize_grads(False)
@@ -177,7 +189,11 @@ class _Chunked(torch.autograd.Function):
                     said = plan.signals(start, stop)
                 else:
                     log_q, bend, said = ctx.kept
-                slope = _logits_gradient(log_q, said, part, plan.target_t[start:stop], plan)
+                slope = log_q if ctx.kept is None else torch.empty_like(log_q)
+                for rows in row_blocks(*log_q.shape):
+                    given = [None if grad is None else grad[rows] for grad in part]
+                    target_n = plan.target_t[start:stop][rows]
+                    slope[rows] = _logits_gradient(log_q[rows], said.rows(rows), given, target_n, plan)
                 del log_q, said
                 if bend is not None:
                     slope.mul_(bend)
@@ -200,7 +216,7 @@ class _Linear:
         logits = nn.functional.linear(hidden_nh.to(self.weight.dtype), self.weight, self.bias)
         logits = self.head.finish(logits.to(working_dtype(logits.dtype)))
         bend = None if self.head.softcap is None else 1 - (logits / self.head.softcap) ** 2
-        return logits.log_softmax(-1), bend
+        return log_softmax_(logits), bend
 
 
 def _logits_gradient(

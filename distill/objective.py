@@ -8,29 +8,14 @@ Not here: where log-probs come from, presets by name (`distill/presets.py`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from distill.divergence import Kind, check_kind, divergence_t, jsd_t, kl_t, most_nats
+from distill.divergence import Kind, check_kind, divergence_t, kl_t, most_nats
+from distill.rewards import advantages, distill_reward, likelihood_weights, response_mean, response_sum
 from runtime.errors import TrainingError
-
-__all__ = [
-    "Batch",
-    "Objective",
-    "Terms",
-    "TokenTerms",
-    "advantages",
-    "dense_terms",
-    "distill_reward",
-    "jsd_t",
-    "kl_t",
-    "masters",
-    "response_mean",
-    "weight_part",
-]
 
 Normaliser = Literal["sequence", "token", "constant"]
 Reduction = Literal["mean", "sum"]
@@ -127,46 +112,6 @@ def dense_terms(
     )
 
 
-def response_mean(values_t: torch.Tensor, response_t: torch.Tensor, length_r: torch.Tensor) -> torch.Tensor:
-    """Mean over each response's tokens: (T,) -> (R,). A sum would reward short answers (METHOD 4)."""
-    return _response_sum(values_t, response_t, len(length_r)) / length_r
-
-
-def _response_sum(values_t: torch.Tensor, response_t: torch.Tensor, responses: int) -> torch.Tensor:
-    return values_t.new_zeros(responses).index_add(0, response_t, values_t)
-
-
-def distill_reward(
-    divergence_r: torch.Tensor, group_r: torch.Tensor, groups: int, floor: float
-) -> torch.Tensor:
-    """R_distill = (D_max - D) / (D_max - D_min) within a question (Eq. 7), in [0, 1].
-
-    Where D_max - D_min < floor nats the question's responses all get 0.5: a constant, no signal.
-    """
-    largest_g = divergence_r.new_full((groups,), -math.inf).scatter_reduce(0, group_r, divergence_r, "amax")
-    smallest_g = divergence_r.new_full((groups,), math.inf).scatter_reduce(0, group_r, divergence_r, "amin")
-    span_r = (largest_g - smallest_g)[group_r]
-    reward_r = (largest_g[group_r] - divergence_r) / span_r.clamp(min=1e-12)
-    return torch.where(span_r < floor, 0.5, reward_r)
-
-
-def advantages(
-    reward_r: torch.Tensor, count_r: torch.Tensor, group_r: torch.Tensor, groups: int, std_floor: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A = (R - mean) / max(std, floor) within a question (Eq. 8), population std, counts as weights.
-
-    Returns advantages (R,) and the standard deviation of each question (G,).
-    """
-
-    def mean(values_r: torch.Tensor) -> torch.Tensor:
-        return values_r.new_zeros(groups).index_add(0, group_r, count_r * values_r) / weight_g
-
-    weight_g = count_r.new_zeros(groups).index_add(0, group_r, count_r).clamp(min=1e-12)
-    centred_r = reward_r - mean(reward_r)[group_r]
-    std_g = mean(centred_r**2).sqrt()
-    return centred_r / std_g.clamp(min=std_floor)[group_r], std_g
-
-
 @dataclass(frozen=True)
 class Batch:
     """What one loss needs beside the token terms.
@@ -246,8 +191,8 @@ def masters(
     if switches.kl_beta and terms.reference_kl_t is not None:
         reference = switches.kl_beta * (policy_t * terms.reference_kl_t).sum()
     if switches.likelihood:
-        chosen_r = likelihood_weights(rewards.reward_r, batch, switches.std_floor)
-        likelihood = -switches.likelihood * (policy_t * chosen_r[batch.response_t] * log_prob_t).sum()
+        chosen_t = _likelihood_weights(rewards.reward_r, batch, switches)[batch.response_t]
+        likelihood = -switches.likelihood * (policy_t * chosen_t * log_prob_t).sum()
     if switches.divergence and terms.divergence_t is not None:
         weight_t = _token_weights(weight_r, batch, switches, switches.divergence_tokens)
         divergence = switches.divergence * (weight_t * terms.divergence_t).sum()
@@ -291,9 +236,8 @@ def _rewards(terms: TokenTerms, batch: Batch, switches: Objective) -> _Rewards:
     if terms.divergence_t is not None:
         values_t = terms.divergence_t.detach()
         _check_range(values_t, switches)
-        divergence_r = _response_sum(values_t, batch.response_t, len(batch.length_r))
-        if switches.divergence_tokens == "mean":
-            divergence_r = divergence_r / batch.length_r
+        reduce = response_mean if switches.divergence_tokens == "mean" else response_sum
+        divergence_r = reduce(values_t, batch.response_t, batch.length_r)
         distill_r = distill_reward(divergence_r, batch.group_r, batch.groups, switches.divergence_floor)
     elif switches.needs_teacher:
         raise TrainingError("objective: these switches need a teacher's distributions, got none")
@@ -340,19 +284,9 @@ def _behaviour(terms: TokenTerms, batch: Batch) -> torch.Tensor:
     return torch.where(missing_t, terms.teacher_log_prob_t, batch.mu_t)
 
 
-def likelihood_weights(reward_r: torch.Tensor, batch: Batch, std_floor: float) -> torch.Tensor:
-    """(R,) weights of the teacher's responses for reward-weighted likelihood: n * softmax(A) in a question.
-
-    A is the advantage among the question's n teacher responses, so that equal rewards give every one
-    weight 1; the student's responses weigh 0. Of a draw by both only the teacher's share counts.
-    """
+def _likelihood_weights(reward_r: torch.Tensor, batch: Batch, switches: Objective) -> torch.Tensor:
     if batch.teacher_r is None:
         raise TrainingError("objective: likelihood needs to know which responses the teacher drew")
-    drawn_r = batch.teacher_r.to(reward_r.dtype)
-    advantage_r, _ = advantages(reward_r, drawn_r, batch.group_r, batch.groups, std_floor)
-    raised_r = torch.where(drawn_r > 0, advantage_r, -math.inf).exp()  # |A| is at most sqrt(n)
-    none_g = raised_r.new_zeros(batch.groups)
-    number_g = none_g.index_add(0, batch.group_r, drawn_r)
-    total_g = none_g.index_add(0, batch.group_r, drawn_r * raised_r).clamp(min=1e-12)
-    share_r = drawn_r / batch.count_r.clamp(min=1e-12)  # the loss multiplies by count
-    return share_r * raised_r * (number_g / total_g)[batch.group_r]
+    return likelihood_weights(
+        reward_r, batch.teacher_r, batch.count_r, batch.group_r, batch.groups, switches.std_floor
+    )

@@ -7,12 +7,13 @@ few tokens at a time. Not here: divergences, the student.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from runtime.errors import CheckpointError
 
@@ -73,13 +74,25 @@ class Head:
         if module._forward_hooks or module._forward_pre_hooks:
             return None
         whole = module.weight.numel() == module.in_features * module.out_features
-        return module if whole and type(module.weight.data) is torch.Tensor else None
+        return module if whole and not is_traceable_wrapper_subclass(module.weight) else None
 
     @property
     def vocab(self) -> int:
         """Rows of the head's weight."""
         size = getattr(self.module, "out_features", None)
         return int(cast(Any, self.module).weight.shape[0] if size is None else size)
+
+    def logits(self, hidden_th: torch.Tensor, vocab: int | None = None) -> torch.Tensor:
+        """(T, vocab) fp32 logits (float64 for a float64 model), scaled and capped, differentiable."""
+        linear = self.linear
+        if vocab is None or vocab == self.vocab:
+            logits_tv = self.module(hidden_th)
+        elif linear is None:
+            logits_tv = self.module(hidden_th)[:, :vocab]
+        else:  # the rest is not even computed
+            bias = None if linear.bias is None else linear.bias[:vocab]
+            logits_tv = nn.functional.linear(hidden_th, linear.weight[:vocab], bias)
+        return self.finish(logits_tv.to(working_dtype(logits_tv.dtype)))
 
     def finish(self, logits_tv: torch.Tensor) -> torch.Tensor:
         """Scale and soft cap."""
@@ -88,11 +101,6 @@ class Head:
         if self.softcap:
             logits_tv = torch.tanh(logits_tv / self.softcap) * self.softcap
         return logits_tv
-
-    def log_probs(self, hidden_th: torch.Tensor, vocab: int | None = None) -> torch.Tensor:
-        """(T, vocab) fp32 log-probs (float64 for a float64 model), differentiable."""
-        logits_tv = self.module(hidden_th)[:, :vocab]
-        return self.finish(logits_tv.to(working_dtype(logits_tv.dtype))).log_softmax(-1)
 
 
 def _candidates(config: Any) -> tuple[list[float], list[float | None]]:
@@ -141,6 +149,29 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+BLOCK_ELEMENTS = 1 << 24
+"""Element-wise work on a chunk goes by blocks of rows of this size, so that its temporaries stay small."""
+
+
+def row_blocks(rows: int, vocab: int) -> Iterator[slice]:
+    """Slices of at most BLOCK_ELEMENTS // vocab rows, at least one row each; one empty slice for no rows."""
+    step = max(1, BLOCK_ELEMENTS // max(1, vocab))
+    for start in range(0, max(1, rows), step):
+        yield slice(start, min(start + step, rows))
+
+
+def log_softmax_(logits_tv: torch.Tensor) -> torch.Tensor:
+    """Log-softmax over the last axis in place, without a second tensor of that size. No autograd.
+
+    Rows are copied first if the tensor is a view: the memory of others is left alone.
+    """
+    if logits_tv._is_view():
+        logits_tv = logits_tv.clone()
+    for rows in row_blocks(*logits_tv.shape):
+        logits_tv[rows] -= logits_tv[rows].logsumexp(-1, keepdim=True)
+    return logits_tv
+
+
 class LiveSignal:
     """The teacher's hidden states (T, H), final norm applied, and its head: the exact distributions."""
 
@@ -158,7 +189,7 @@ class LiveSignal:
 
     @torch.no_grad()
     def chunk(self, start: int, stop: int, vocab: int | None = None) -> torch.Tensor:
-        return self.head.log_probs(self.hidden_th[start:stop], vocab)
+        return log_softmax_(self.head.logits(self.hidden_th[start:stop], vocab))
 
 
 class DenseSignal:
