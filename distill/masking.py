@@ -49,13 +49,13 @@ def choose_r_max(curve: Sequence[tuple[float, float]], *, most_lost: float = 0.0
     `curve` holds (ratio, accuracy) with ratio 0 among them.
     """
     accuracy = dict(curve)
-    return max(ratio for ratio, value in curve if value >= accuracy[0.0] - most_lost)
+    return max(ratio for ratio, value in curve if value >= accuracy[0.0] - most_lost - 1e-9)
 
 
 def is_inert(curve: Sequence[tuple[float, float]], *, least_lost: float = 0.01) -> bool:
     """Whether every ratio up to 0.5 loses less than `least_lost`: masking then teaches nothing (METHOD 2)."""
     accuracy = dict(curve)
-    return all(accuracy[0.0] - value < least_lost for ratio, value in curve if ratio <= 0.5)
+    return all(accuracy[0.0] - value < least_lost - 1e-9 for ratio, value in curve if ratio <= 0.5)
 
 
 LANGUAGE, VISION, EMBEDDINGS = "language", "vision", "embeddings"

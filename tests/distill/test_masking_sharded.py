@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForImageTextToText
 
 from distill.masking import Masker
+from distill.materialised import materialised
 from runtime.errors import CheckpointError
 
 RATIOS = (0.5, 0.13, 0.0, 0.29, 0.5, 0.0)
@@ -115,6 +116,7 @@ def check_a_real_model(rank: int, path: str) -> None:
     accelerator = SimpleNamespace(state=state, mixed_precision="no", is_main_process=rank == 0)
     sharded: Any = fsdp2_prepare_model(accelerator, copy.deepcopy(plain))
     same_at_every_ratio(sharded, plain)
+    served_as_one_process_would(sharded, plain, Path(path).parent / "served")
     ids = torch.arange(5, 15)[None]
     masked, expected = Masker(sharded, 0.5), Masker(plain, 0.5)
     with torch.no_grad():
@@ -124,6 +126,23 @@ def check_a_real_model(rank: int, path: str) -> None:
         expected.set(0.5)
         assert torch.equal(sharded(input_ids=ids).logits, plain(input_ids=ids).logits)
         assert not torch.equal(plain(input_ids=ids).logits, full)
+
+
+def served_as_one_process_would(sharded: Any, plain: Any, directory: Path) -> None:
+    """The checkpoint that two processes write together has the whole masked weights."""
+    nothing: Any = SimpleNamespace(save_pretrained=lambda directory: None)
+    ours, theirs = Masker(sharded, 0.4), Masker(plain, 0.4)
+    ours.set(0.4)
+    theirs.set(0.4)
+    with materialised(ours, nothing, directory, "tiny", shard_bytes=100_000) as found:
+        read = AutoModelForImageTextToText.from_pretrained(found.path).state_dict()
+        assert found.sparsity == theirs.sparsity
+        assert all(torch.equal(read[name], tensor) for name, tensor in plain.state_dict().items())
+        distributed.barrier()
+    ours.set(0)
+    theirs.set(0)
+    distributed.barrier()
+    assert not directory.exists()
 
 
 def check_refusals(rank: int, path: str) -> None:
