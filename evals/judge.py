@@ -202,20 +202,21 @@ class Judge:
         return verdicts
 
     def _two_calls(self, items: Sequence[Item], again: str) -> list[Verdict]:
-        explanations = self._generate([self._explain(item, again) for item in items])
-        parse = self.prompts.parse
-        asked = [_chat(parse.replace("{explanation}", text.strip())) for text in explanations]
-        verdicts = []
-        for explanation, reply in zip(explanations, self._generate(asked), strict=True):
-            score = parse_score(reply)
-            tagged = _tag(explanation)
-            self.statistics.disagreements += score is not None and tagged in (0, 1) and tagged != score
-            how: How = "unparsable" if score is None else "judged"
-            verdicts.append(Verdict(score or 0, how, explanation.strip()))
+        explanations = [text.strip() for text in self._generate([self._explain(i, again) for i in items])]
+        said = [i for i, explanation in enumerate(explanations) if explanation]
+        replies = self._generate(
+            [_chat(self.prompts.parse.replace("{explanation}", explanations[i])) for i in said]
+        )
+        verdicts = [Verdict(0, "unparsable", explanation) for explanation in explanations]
+        for i, reply in zip(said, replies, strict=True):
+            score, tagged = parse_score(reply), _tag(explanations[i])
+            if score is not None:
+                verdicts[i] = Verdict(score, "judged", explanations[i])
+                self.statistics.disagreements += tagged in (0, 1) and tagged != score
         return verdicts
 
     def _generate(self, chats: list[Messages]) -> list[str]:
-        texts = self.generate(chats)
+        texts = self.generate(chats) if chats else []
         if len(texts) != len(chats):
             raise ValueError(f"judge: generate gave {len(texts)} texts for {len(chats)} chats")
         self.statistics.calls += len(chats)

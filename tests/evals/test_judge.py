@@ -99,6 +99,12 @@ def test_an_unreadable_verdict_is_asked_for_once_more_and_then_flagged() -> None
     assert "I cannot say" in found[1].explanation
 
 
+def test_a_score_is_not_read_out_of_nothing() -> None:
+    judge = Judge(Grader(explanation=" "))
+    assert judge.verdicts([item("red")]) == [Verdict(0, "unparsable")]
+    assert judge.statistics.calls == 2
+
+
 def test_the_second_call_counts_and_disagreement_is_counted() -> None:
     judge = Judge(Grader(explanation="It is right. <answer>0</answer>"))
     assert judge.judge([item("red")]) == [1]
