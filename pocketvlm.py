@@ -8,6 +8,7 @@ is named only by who needs it. A `PocketError` is one line on stderr and exit co
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,19 +20,24 @@ from typer.core import TyperGroup
 from runtime.errors import InputError, MissingExtra, PocketError
 
 if TYPE_CHECKING:
+    from distill.recipe import Recipe
     from evals.latency import Measured
     from runtime.generation import GenerationOptions
     from runtime.session import GenerationStats, Session
 
 
 class FrontDoor(TyperGroup):
-    """Turns an error that a user can act on, and Ctrl-C, into one line and an exit code."""
+    """Turns an error that a user can act on, and Ctrl-C, into one line and an exit code.
+
+    Under a launcher each process says which one it is: an error may be one process's own.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PocketError as error:
-            typer.echo(f"pocketvlm: {' '.join(str(error).split())}", err=True)
+            which = "" if _is_main() else f" (process {os.environ['RANK']})"
+            typer.echo(f"pocketvlm{which}: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("pocketvlm: interrupted", err=True)
@@ -106,10 +112,138 @@ def demo(
     from distill import demo_recipe, demo_run
     from export import export_all
 
-    plan = demo_recipe.read(demo_recipe.RECIPES / "demo.yaml", smoke=smoke, seed=seed)
+    settings = demo_recipe.read(demo_recipe.RECIPES / "demo.yaml", smoke=smoke, seed=seed)
     command = " ".join(["pocketvlm", *sys.argv[1:]])
     console = Console(stderr=True)
-    typer.echo(demo_run.run(out, plan, export_all, command=command, smoke=smoke, console=console))
+    typer.echo(demo_run.run(out, settings, export_all, command=command, smoke=smoke, console=console))
+
+
+# --- distill, plan, ablate --------------------------------------------
+
+DISTILL_NEEDS = ("torch", "torchvision", "transformers", "accelerate", "psutil", "yaml")
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a recipe that ships.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key: train.lr=1e-6; may be repeated."),
+]
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm distill easy-vqa --limit 200
+
+    pocketvlm distill recipe.yaml --set train.lr=2e-6 --set teachers.0.mask.r_max=0.4 --out runs/a
+
+    accelerate launch --num_processes 8 -m pocketvlm distill recipe.yaml
+"""
+)
+def distill(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where everything goes; the same directory resumes. Default: the recipe's name."),
+    ] = None,
+    settings: SetOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions: a dry run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Distil teachers into a student by a recipe; the checkpoint's path goes to stdout. Resumes."""
+    _require("distill", DISTILL_NEEDS)
+    plan = _recipe(recipe, settings)
+    from rich.console import Console
+
+    from distill import run
+
+    target = out or Path("runs") / (plan.name if limit is None else f"{plan.name}-{limit}")
+    found = run.run(plan, target, console=Console(stderr=True, quiet=not _is_main()), limit=limit)
+    if _is_main():
+        typer.echo(json.dumps({"checkpoint": str(found), "out": str(target)}) if as_json else found)
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm plan qwen3-vl
+
+    pocketvlm plan recipe.yaml --processes 8 --strategy fsdp --set train.gradient_checkpointing=true --json
+"""
+)
+def plan(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes, one a device; default: throughput.devices.")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="ddp: whole models; fsdp: FSDP2 shards.")] = "ddp",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what a recipe will take, before anything runs: parameters, memory, disk, tokens, time."""
+    if strategy not in ("ddp", "fsdp"):
+        raise InputError(f"--strategy: got {strategy}, expected ddp or fsdp")
+    _require("distill", DISTILL_NEEDS)
+    found = _recipe(recipe, settings)
+    from distill import plan as planning
+
+    with _progress("plan") as progress:
+        result = planning.plan(found, processes=processes, strategy=strategy, progress=progress)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for table in planning.tables(result):
+        console.print(table)
+    for note in result.notes:
+        console.print(f"- {note}", soft_wrap=True)
+
+
+@app.command(
+    epilog="""Examples:
+
+    pocketvlm ablate digits --out runs/ablation
+
+    pocketvlm ablate digits --set train.passes=2 --json
+"""
+)
+def ablate(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Where runs and report go; the same directory resumes.")
+    ] = None,
+    settings: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Run the method's first experiments from one recipe, over seeds; the report's path goes to stdout."""
+    _require("distill", DISTILL_NEEDS)
+    plan = _recipe(recipe, settings)
+    from rich.console import Console
+
+    from distill import ablate as experiments
+
+    target = out or Path("runs") / f"{plan.name}-ablation"
+    found = experiments.run(plan, target, console=Console(stderr=True))
+    typer.echo(json.dumps({"report": str(found), "out": str(target)}) if as_json else found)
+
+
+def _recipe(path: Path, settings: Sequence[str] | None) -> Recipe:
+    """The recipe with its overrides. Under a launcher every process reads it, and one of them complains."""
+    from distill.recipe import read
+
+    try:
+        return read(path, settings or ())
+    except PocketError:
+        if _is_main():
+            raise
+        raise typer.Exit(2) from None
+
+
+def _is_main() -> bool:
+    """Whether this is the process that prints: the first of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # --- run --------------------------------------------------------------
@@ -322,6 +456,42 @@ def _print_bench(measured: Sequence[Measured], image: Path, question: str) -> No
     if (compared := ratios(measured)) is not None:
         console.print(compared)
     console.print(f"{image.name}: {question.strip()!r}; {conditions(measured[0].latency)}", soft_wrap=True)
+
+
+# --- judge-audit ------------------------------------------------------
+
+
+@app.command(
+    name="judge-audit",
+    epilog="""Examples:
+
+    pocketvlm judge-audit verdicts.jsonl
+
+    pocketvlm judge-audit verdicts.jsonl --json
+""",
+)
+def judge_audit(
+    rows: Annotated[Path, typer.Argument(help="JSON lines: response, verdict, label, length, source, ...")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Compare a judge's verdicts with labels: agreement, kappa, bias by length, option letter and source.
+
+    Exit code 2 when something is flagged.
+    """
+    from evals import judge_audit as auditing
+
+    result = auditing.audit(auditing.read(rows))
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False, markup=False)
+        console.print(auditing.table(result))
+        for line in result.flags or ("nothing is flagged",):
+            console.print(line, soft_wrap=True)
+    if result.flagged:
+        raise typer.Exit(2)
 
 
 # --- report -----------------------------------------------------------
