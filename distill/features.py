@@ -7,6 +7,7 @@ Not here: token layouts (`distill/tree.py`), when features may be cached.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,13 @@ def image_token(model: PreTrainedModel) -> int:
 
 def accepted(function: Callable[..., Any], prompt: Prompt) -> dict[str, torch.Tensor]:
     """The prompt's vision tensors that a function takes by name."""
-    names = inspect.signature(function).parameters
+    names = parameter_names(getattr(function, "__func__", function))
     return {name: value for name, value in prompt.vision.items() if name in names}
+
+
+@functools.cache
+def parameter_names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def encode_images(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Features:

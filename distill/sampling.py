@@ -97,58 +97,79 @@ class _Decoder(Protocol):
         """(A, hidden) after one more token of each response that is alive."""
 
 
+@dataclass
+class _Queries:
+    """Where the living responses of a step sit: `row_a` of the cache, `slot_a` in the row; Q slots a row."""
+
+    row_a: torch.Tensor
+    slot_a: torch.Tensor
+    question_bq: torch.Tensor
+    branch_bq: torch.Tensor
+    depth_bq: torch.Tensor  # at the first step
+    position_bq: torch.Tensor
+    seen_bqq: torch.Tensor  # of each other, in one step
+    seen_bqk: torch.Tensor  # of all that is in the cache
+
+
 class _TreeDecoder:
     """One row a sequence: at each step every living response of the row is a query with a mask of its own.
     Rows whose responses have all ended leave the cache when half of them have."""
 
     def __init__(self, model: PreTrainedModel, batch: Batch, features: Features, count: int) -> None:
-        self.model, self.pad_id = model, batch.pad_id
+        self.model, self.pad_id, self.device = model, batch.pad_id, model.device
         self.axes = len(batch.positions_g[0])
         self.cache = DynamicCache()  # plain layers: the mask holds any window
         hidden = tree.run_tree(model, batch, features, past_key_values=self.cache, use_cache=True)
         self.key_q, self.key_r, self.key_d = batch.question_bl, batch.response_bl, batch.depth_bl
         slots = [
-            (row, number, len(group.prompt.ids), place)
-            for row, groups in enumerate(batch.rows)
-            for number, (group, place) in enumerate(zip(groups, _last_places(groups), strict=True))
+            (row, number, len(group.prompt.ids), place, start)
+            for (row, number, group, place), start in zip(_last_places(batch), batch.next_g, strict=True)
         ]
-        table = torch.tensor(slots, device=model.device).repeat_interleave(count, 0)
-        self.row_s, self.question_s, self.depth_s, place_s = table.unbind(1)
-        self.branch_s = torch.arange(count, device=model.device).repeat(len(slots))
-        self.position_s = torch.tensor(batch.next_g, device=model.device).repeat_interleave(count)
+        table = torch.tensor(slots, device=self.device).repeat_interleave(count, 0)
+        self.row_s, self.question_s, self.depth_s, place_s, self.position_s = table.unbind(1)
+        self.branch_s = torch.arange(count, device=self.device).repeat(len(slots))
         self._first = hidden[self.row_s, place_s]
-        self.step, self.kept_b = 0, torch.arange(len(batch.rows), device=model.device)
+        self.step, self.kept_b = 0, torch.arange(len(batch.rows), device=self.device)
+        self._queries: _Queries | None = None
 
     def first(self) -> torch.Tensor:
         return self._first
 
     def next(self, alive_a: torch.Tensor, ids_a: torch.Tensor) -> torch.Tensor:
-        row_a = self._rows(alive_a)
-        starts_a = torch.searchsorted(row_a, row_a)
-        slot_a = torch.arange(len(row_a), device=row_a.device) - starts_a
-        shape = len(self.kept_b), int(slot_a.max()) + 1
-
-        def spread(values_a: torch.Tensor, fill: int) -> torch.Tensor:
-            return torch.full(shape, fill, device=values_a.device).index_put((row_a, slot_a), values_a)
-
-        ids_bq = spread(ids_a, self.pad_id)
-        query_q = spread(self.question_s[alive_a], PADDING)
-        query_r = spread(self.branch_s[alive_a], PADDING)
-        query_d = spread(self.depth_s[alive_a] + self.step, 0)
-        position_bq = spread(self.position_s[alive_a] + self.step, 0)
-        self.key_q = torch.cat([self.key_q, query_q], 1)
-        self.key_r = torch.cat([self.key_r, query_r], 1)
-        self.key_d = torch.cat([self.key_d, query_d], 1)
-        seen = tree.visible(query_q, query_r, self.key_q, self.key_r, causal=False)
+        at = self._queries
+        if at is None or len(at.row_a) != len(alive_a):
+            at = self._queries = self._arrange(alive_a)
+        ids_bq = torch.full_like(at.question_bq, self.pad_id).index_put((at.row_a, at.slot_a), ids_a)
+        depth_bq, position_bq = at.depth_bq + self.step, at.position_bq + self.step
+        self.key_q = torch.cat([self.key_q, at.question_bq], 1)
+        self.key_r = torch.cat([self.key_r, at.branch_bq], 1)
+        self.key_d = torch.cat([self.key_d, depth_bq], 1)
+        at.seen_bqk = torch.cat([at.seen_bqk, at.seen_bqq], 2)
         hidden = cast(Any, self.model.base_model)(
             input_ids=ids_bq,
-            attention_mask=tree.attention_mask(self.model, seen, query_d, self.key_d),
+            attention_mask=tree.attention_mask(self.model, at.seen_bqk, depth_bq, self.key_d),
             position_ids=position_bq if self.axes == 1 else position_bq.expand(self.axes, -1, -1),
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
         self.step += 1
-        return hidden[row_a, slot_a]
+        return hidden[at.row_a, at.slot_a]
+
+    def _arrange(self, alive_a: torch.Tensor) -> _Queries:
+        row_a = self._rows(alive_a)
+        slot_a = torch.arange(len(row_a), device=self.device) - torch.searchsorted(row_a, row_a)
+        shape = len(self.kept_b), int(slot_a.max()) + 1
+
+        def spread(values_s: torch.Tensor, fill: int) -> torch.Tensor:
+            empty = torch.full(shape, fill, device=self.device)
+            return empty.index_put((row_a, slot_a), values_s[alive_a])
+
+        question, branch = spread(self.question_s, PADDING), spread(self.branch_s, PADDING)
+        among = tree.visible(question, branch, question, branch, causal=False)
+        before = tree.visible(question, branch, self.key_q, self.key_r, causal=False)
+        among[:, :, 0] &= question != PADDING  # padding looks at the first token of the cache instead
+        depth, position = spread(self.depth_s, 0), spread(self.position_s, 0)
+        return _Queries(row_a, slot_a, question, branch, depth, position, among, before)
 
     def _rows(self, alive_a: torch.Tensor) -> torch.Tensor:
         """The cache row of each living response, after ended rows have left."""
@@ -162,14 +183,15 @@ class _TreeDecoder:
         return torch.searchsorted(self.kept_b, row_a)
 
 
-def _last_places(row: Row) -> list[int]:
-    """Place of each question's last prompt token in its packed row."""
-    shared = end = tree.shared_prefix([group.prompt.ids for group in row])
-    places = []
-    for group in row:
-        end += len(group.prompt.ids) - shared
-        places.append(end - 1)
-    return places
+def _last_places(batch: Batch) -> list[tuple[int, int, Group, int]]:
+    """(row, question in the row, group, place of its last prompt token) of every question."""
+    found = []
+    for index, row in enumerate(batch.rows):
+        shared = end = tree.shared_prefix([group.prompt.ids for group in row])
+        for number, group in enumerate(row):
+            end += len(group.prompt.ids) - shared
+            found.append((index, number, group, end - 1))
+    return found
 
 
 class _CacheDecoder:
@@ -265,11 +287,15 @@ class Drawer:
             place_a = torch.multinomial(chance_ak, 1, generator=self.generator).to(ids_ak.device)
             drawn_a = ids_ak.gather(-1, place_a)[:, 0]
         raw_a = logits_av.log_softmax(-1).gather(-1, drawn_a[:, None])[:, 0]
-        ids_s = torch.full_like(self.ids_sl[:, 0], self.pad_id).index_put((self.alive_a,), drawn_a)
-        raw_s = raw_a.new_zeros(len(ids_s)).index_put((self.alive_a,), raw_a)
+        going = ~torch.isin(drawn_a, self.eos)
+        ids_s, raw_s = drawn_a, raw_a
+        if len(self.alive_a) < len(self.ids_sl):
+            ids_s = torch.full_like(self.ids_sl[:, 0], self.pad_id).index_put((self.alive_a,), drawn_a)
+            raw_s = raw_a.new_zeros(len(ids_s)).index_put((self.alive_a,), raw_a)
         self.ids_sl = torch.cat([self.ids_sl, ids_s[:, None]], 1)
         self.log_probs.append(raw_s)
-        self.alive_a = self.alive_a[~torch.isin(drawn_a, self.eos)]
+        if not bool(going.all()):
+            self.alive_a = self.alive_a[going]
         return len(self.alive_a) > 0 and len(self.log_probs) < self.sampling.max_new_tokens
 
     def result(self, count: int) -> list[list[Sampled]]:

@@ -10,7 +10,6 @@ checkpointing takes away. Naive is one sequence a response.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from distill import tree
 from distill.encoding import Encoder, Prompt
-from distill.features import accepted, encode_images, image_token
+from distill.features import accepted, encode_images, image_token, parameter_names
 from distill.tree import MODES, PREFIX, Group, Row
 from runtime.errors import CheckpointError
 
@@ -138,7 +137,7 @@ def _alone(model: PreTrainedModel, batch: tree.Batch, *, grad: bool) -> torch.Te
             inputs = {k: v.to(model.device) for k, v in accepted(base.forward, group.prompt).items()}
             for response in group.responses:
                 ids = torch.tensor([[*group.prompt.ids, *response[:-1]]], device=model.device)
-                if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
+                if "mm_token_type_ids" in parameter_names(type(base).forward):
                     inputs["mm_token_type_ids"] = (ids == image_token(model)).long()
                 hidden = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs)
                 found.append(hidden.last_hidden_state[0, len(group.prompt.ids) - 1 :])

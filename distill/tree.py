@@ -22,7 +22,6 @@ go on after the prompt's largest), so every root-to-leaf path is the sequence th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,7 +31,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from distill.encoding import Prompt
-from distill.features import Features, accepted, encode_images, image_token
+from distill.features import Features, accepted, encode_images, image_token, parameter_names
 from runtime.errors import TrainingError
 
 ROOT, PADDING = -1, -2
@@ -414,7 +413,7 @@ def _naive_states(model: PreTrainedModel, batch: Batch, features: Features) -> t
     ids, mask = pad_left_or_right([ids for *_, ids in whole], batch.pad_id, left=False)
     given = [accepted(base.forward, prompt) for _, prompt, _ in whole]
     inputs = _joined([{k: v for k, v in found.items() if not k.startswith("pixel")} for found in given])
-    if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
+    if "mm_token_type_ids" in parameter_names(type(base).forward):
         inputs["mm_token_type_ids"] = (ids == image_token(model)).long()
     hidden = base(
         input_ids=ids.to(model.device),
