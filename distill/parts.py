@@ -150,7 +150,8 @@ def work(
         operations += throughput.flops(
             throughput.weights(student), prompts, **sizes, cached=True, backward=False
         )
-    return {"tokens": float(predicted), "input_tokens": float(fed), "flops": operations}
+    counted = sum(len(r.ids) for row in rows for i in row if i.weight for r in i.question.responses)
+    return {"tokens": float(counted), "input_tokens": float(fed), "flops": operations}
 
 
 class LabelPart:

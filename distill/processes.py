@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -57,6 +58,7 @@ def accelerator(
         plugin = FullyShardedDataParallelPlugin()
         if precision == "bf16":
             plugin.set_mixed_precision("bf16")
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate does itself
         found.state.distributed_type = DistributedType.FSDP
         found.state.fsdp_plugin = plugin
     if found.distributed_type == DistributedType.FSDP and not found.is_fsdp2:
