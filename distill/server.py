@@ -21,14 +21,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-from transformers import PreTrainedModel, ProcessorMixin
 
-from distill import keeper, probe
+from distill import keeper
 from evals.client import Client, ServerError
 from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from distill.probe import Proof
 
 TAIL_LINES = 12
 SAY_SECONDS = 10.0
@@ -118,8 +122,10 @@ class Server:
         processor: ProcessorMixin | None = None,
         *,
         record: Path | None = None,
-    ) -> probe.Proof:
+    ) -> Proof:
         """Prove that the served weights are `model`'s, or those that `record` remembers (see probe.py)."""
+        from distill import probe
+
         return probe.prove(client, model, processor, record=record, checkpoint=self.checkpoint)
 
     def stop(self) -> None:
