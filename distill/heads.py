@@ -22,8 +22,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.divergence import check_kind, divergence_t, flow_tv, kl_t
+from distill.lm_head import Head, log_softmax_, row_blocks, working_dtype
 from distill.objective import TokenTerms
-from distill.signal import Head, Signal, log_softmax_, parts, row_blocks, working_dtype
+from distill.signal import Signal, parts
 from runtime.errors import TrainingError
 
 

@@ -1,21 +1,23 @@
 """What a teacher says at every predicting place, live or from a cache, behind one small protocol.
 
-In: hidden states and an LM head, or a store on disk (`distill/signal_store.py`). Out: fp32 log-probs of a
-few tokens at a time. Not here: divergences, the student.
+In: hidden states and an LM head, or what a store kept (`distill/signal_store.py`). Out: fp32 log-probs of a
+few tokens at a time; several teachers with their weights. Not here: divergences, the student, files.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from runtime.errors import CheckpointError
+from distill.divergence import jsd_t
+from distill.lm_head import Head, log_softmax_
+from runtime.errors import TrainingError
 
 
 class Signal(Protocol):
@@ -35,141 +37,6 @@ class Signal(Protocol):
         `vocab` keeps the first ids only, *before* the softmax: models of one family pad their
         vocabularies differently (METHOD 5).
         """
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head of a model: a module, then a factor and a soft cap on the logits where it has them."""
-
-    module: nn.Module
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, model: Any) -> Head:
-        """The head of a Hugging Face model, with the factor and soft cap that its logits have.
-
-        Configurations name them in many ways, so where one has a candidate the model itself is asked:
-        the choice must reproduce its logits on a few text tokens. Raises CheckpointError where none does.
-        """
-        module = model.get_output_embeddings()
-        if module is None:
-            raise CheckpointError(f"{model.config.name_or_path}: no LM head; give a generating model")
-        scales, caps = _candidates(model.config)
-        if len(scales) == 1 and len(caps) == 1:
-            return cls(module)
-        heads = [cls(module, scale, cap) for cap in caps for scale in scales]
-        return _asked(model, heads)
-
-    @property
-    def linear(self) -> nn.Linear | None:
-        """The module where it is a plain linear layer whose weight is here as a whole, else None.
-
-        A sharded or partitioned weight, a wrapped layer (LoRA, quantised) or one with hooks must be
-        called as a module.
-        """
-        module = self.module
-        if type(module) is not nn.Linear or "forward" in vars(module):
-            return None
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
-        whole = module.weight.numel() == module.in_features * module.out_features
-        return module if whole and not is_traceable_wrapper_subclass(module.weight) else None
-
-    @property
-    def vocab(self) -> int:
-        """Rows of the head's weight."""
-        size = getattr(self.module, "out_features", None)
-        return int(cast(Any, self.module).weight.shape[0] if size is None else size)
-
-    def logits(self, hidden_th: torch.Tensor, vocab: int | None = None) -> torch.Tensor:
-        """(T, vocab) fp32 logits (float64 for a float64 model), scaled and capped, differentiable."""
-        linear = self.linear
-        if vocab is None or vocab == self.vocab:
-            logits_tv = self.module(hidden_th)
-        elif linear is None:
-            logits_tv = self.module(hidden_th)[:, :vocab]
-        else:  # the rest is not even computed
-            bias = None if linear.bias is None else linear.bias[:vocab]
-            logits_tv = nn.functional.linear(hidden_th, linear.weight[:vocab], bias)
-        return self.finish(logits_tv.to(working_dtype(logits_tv.dtype)))
-
-    def finish(self, logits_tv: torch.Tensor) -> torch.Tensor:
-        """Scale and soft cap."""
-        if self.scale != 1.0:
-            logits_tv = logits_tv * self.scale
-        if self.softcap:
-            logits_tv = torch.tanh(logits_tv / self.softcap) * self.softcap
-        return logits_tv
-
-
-def _candidates(config: Any) -> tuple[list[float], list[float | None]]:
-    """Factors and soft caps that a configuration may mean for its logits; 1 and None among them."""
-    scales: list[float] = [1.0]
-    caps: list[float | None] = [None]
-    for part in (config.get_text_config(), config):
-        for name, value in part.to_dict().items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
-                continue
-            if re.search("logit|lm_head|output|softcap", name):
-                if "cap" in name:
-                    caps.append(float(value))
-                elif re.search("scal|mult", name) and value != 1:
-                    scales += [float(value), 1 / value]
-    return list(dict.fromkeys(scales)), list(dict.fromkeys(caps))
-
-
-@torch.no_grad()
-def _asked(model: Any, heads: Sequence[Head]) -> Head:
-    """The head that reproduces the model's own logits on eight text tokens."""
-    device = next(model.parameters()).device
-    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
-    training = model.training
-    model.eval()
-    try:
-        wanted = model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    finally:
-        model.train(training)
-    errors = [
-        (head.finish(head.module(hidden).float()) - wanted).abs().max().item() / wanted.abs().max().item()
-        for head in heads
-    ]
-    best = min(range(len(heads)), key=errors.__getitem__)
-    if errors[best] > 2e-2:  # bf16 logits differ by 2^-8
-        raise CheckpointError(
-            f"{model.config.name_or_path}: its logits are no scaled or soft-capped output of its head "
-            f"(off by {errors[best]:.0%}); this model's loss cannot be computed from hidden states"
-        )
-    return heads[best]
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which distributions are computed: fp32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-BLOCK_ELEMENTS = 1 << 24
-"""Element-wise work on a chunk goes by blocks of rows of this size, so that its temporaries stay small."""
-
-
-def row_blocks(rows: int, vocab: int) -> Iterator[slice]:
-    """Slices of at most BLOCK_ELEMENTS // vocab rows, at least one row each; one empty slice for no rows."""
-    step = max(1, BLOCK_ELEMENTS // max(1, vocab))
-    for start in range(0, max(1, rows), step):
-        yield slice(start, min(start + step, rows))
-
-
-def log_softmax_(logits_tv: torch.Tensor) -> torch.Tensor:
-    """Log-softmax over the last axis in place, without a second tensor of that size. No autograd.
-
-    Rows are copied first if the tensor is a view: the memory of others is left alone.
-    """
-    if logits_tv._is_view():
-        logits_tv = logits_tv.clone()
-    for rows in row_blocks(*logits_tv.shape):
-        logits_tv[rows] -= logits_tv[rows].logsumexp(-1, keepdim=True)
-    return logits_tv
 
 
 class LiveSignal:
@@ -212,6 +79,112 @@ class DenseSignal:
         return part if vocab is None or vocab == self.vocab else part[:, :vocab].log_softmax(-1)
 
 
+TAIL_FLOOR = 1e-9
+"""The least mass that a tail is given: a probability of 0 would make a divergence infinite."""
+
+
+class TopKSignal:
+    """The k largest log-probs of each token; the rest of the mass lies evenly on all other ids.
+
+    `ids_tk` (T, k) int, `log_prob_tk` (T, k). What is not among the k is lost: `approximation` measures it.
+    """
+
+    def __init__(self, ids_tk: torch.Tensor, log_prob_tk: torch.Tensor, vocab: int) -> None:
+        self.ids_tk, self.log_prob_tk, self._vocab = ids_tk, log_prob_tk, vocab
+
+    @classmethod
+    def of(cls, log_probs_tv: torch.Tensor, k: int) -> TopKSignal:
+        """Keep the k most likely ids of whole distributions (T, V), as a store does: fp16 and int32."""
+        found = log_probs_tv.topk(min(k, log_probs_tv.shape[-1]), -1)
+        values = found.values.clamp(min=-6e4).half()  # fp16 ends at -65,504
+        return cls(found.indices.int(), values, log_probs_tv.shape[-1])
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids_tk)
+
+    @property
+    def vocab(self) -> int:
+        return self._vocab
+
+    def chunk(self, start: int, stop: int, vocab: int | None = None) -> torch.Tensor:
+        ids = self.ids_tk[start:stop].long()
+        known = self.log_prob_tk[start:stop].float()
+        rest = self._vocab - ids.shape[1]
+        if rest:
+            tail = (1 - known.exp().sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR)
+            filled = (tail / rest).log().expand(-1, self._vocab).clone()
+        else:
+            filled = known.new_full((len(ids), self._vocab), -math.inf)
+        filled.scatter_(1, ids, known)
+        if vocab is not None:
+            filled = filled[:, :vocab]
+        return log_softmax_(filled)  # rounding to fp16, and a vocabulary cut off
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How far kept distributions p' are from the teacher's p, summed over tokens; parts add up.
+
+    `tail_mass`: what lies outside the top k. `jsd` (nats): JSD(p, p'). `variation`: half of sum |p - p'|,
+    so that the gradient of the forward KL for the logits is off by 2 * variation in the 1-norm.
+    """
+
+    tokens: int = 0
+    tail_mass: float = 0.0
+    jsd: float = 0.0
+    variation: float = 0.0
+    largest_jsd: float = 0.0
+    largest_tail_mass: float = 0.0
+
+    def __add__(self, other: Approximation) -> Approximation:
+        return Approximation(
+            self.tokens + other.tokens,
+            self.tail_mass + other.tail_mass,
+            self.jsd + other.jsd,
+            self.variation + other.variation,
+            max(self.largest_jsd, other.largest_jsd),
+            max(self.largest_tail_mass, other.largest_tail_mass),
+        )
+
+    def bound(self, divergence: float) -> float:
+        """Largest error (nats) of a mean JSD that was measured as `divergence` against p'.
+
+        sqrt(JSD) is a metric (Endres & Schindelin 2003), so |JSD(p, q) - JSD(p', q)| is at most
+        2 sqrt(JSD(p', q) j) + j with j = JSD(p, p'), whatever the student q is; by Cauchy-Schwarz the same
+        holds for means over tokens. The KL kinds have no such bound: a tail can weigh without limit there.
+        """
+        mean = self.jsd / max(1, self.tokens)
+        return 2 * math.sqrt(max(0.0, divergence) * mean) + mean
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Per token, for a report."""
+        count = max(1, self.tokens)
+        return {
+            "tail_mass": self.tail_mass / count,
+            "jsd_nats": self.jsd / count,
+            "variation": self.variation / count,
+            "largest_jsd_nats": self.largest_jsd,
+            "largest_tail_mass": self.largest_tail_mass,
+            "largest_error_nats": self.bound(math.log(2)),
+        }
+
+
+def approximation(exact: torch.Tensor, kept: torch.Tensor, k: int | None = None) -> Approximation:
+    """Compare log-probs (T, V) with what was kept of them; `k` tells what the tail is."""
+    if not len(exact):
+        return Approximation()
+    jsd = jsd_t(exact, kept).clamp(min=0)
+    tail = torch.zeros(1) if k is None else 1 - exact.topk(min(k, exact.shape[-1]), -1).values.exp().sum(-1)
+    tail = tail.clamp(min=0)
+    variation = (exact.exp() - kept.exp()).abs().sum(-1) / 2
+    return Approximation(
+        len(exact), tail.sum().item(), jsd.sum().item(), variation.sum().item(),
+        jsd.max().item(), tail.max().item(),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Several teachers at once. `weight_st` (S, T) sums to 1 over the S teachers at every place.
@@ -246,3 +219,33 @@ def parts(signal: Signal) -> Sequence[tuple[torch.Tensor | None, Signal]]:
     if isinstance(signal, Mixture):
         return list(zip(signal.weight_st, signal.signals, strict=True))
     return [(None, signal)]
+
+
+def even_weights(weights: Sequence[float], tokens: int) -> torch.Tensor:
+    """(S, T): the same weights at every token, scaled to sum to 1 (fixed weights, or accuracies)."""
+    total = sum(weights)
+    if not weights or min(weights) < 0 or total <= 0:
+        raise TrainingError(f"teachers: weights {list(weights)} must be at least 0, and not all 0")
+    return torch.tensor([[weight / total] for weight in weights]).expand(-1, tokens)
+
+
+def kept_teachers(weights: Sequence[float], drop: float, seed: Sequence[int]) -> list[float]:
+    """DGKD's stochastic teaching: each teacher is left out with probability `drop`, never all of them.
+
+    The weights of those that are left are scaled to the old sum, so that the loss keeps its size (the paper
+    leaves the sum as it falls). The same `seed` (run, step) keeps the same teachers in every process.
+    """
+    if not 0 <= drop < 1:
+        raise TrainingError(f"teachers: drop {drop} must be at least 0 and below 1")
+    generator = np.random.default_rng(list(seed))
+    taught = [s for s, weight in enumerate(weights) if weight > 0]
+    kept = {s for s, stays in zip(taught, generator.random(len(taught)) >= drop, strict=True) if stays}
+    kept = kept or {int(generator.choice(taught))}
+    left = sum(weights[s] for s in kept)
+    return [weight * sum(weights) / left if s in kept else 0.0 for s, weight in enumerate(weights)]
+
+
+def loss_weights(loss_st: torch.Tensor) -> torch.Tensor:
+    """MT-BERT's weights from each teacher's loss l (S, T) on the label: 1 / (1 + l), scaled to sum to 1."""
+    raw_st = 1 / (1 + loss_st)
+    return raw_st / raw_st.sum(0)
