@@ -138,6 +138,23 @@ def audit_rows(
         )
 
 
+def audit_pool(
+    samples: Iterable[Sample], pool: Pool, judges: Judges, *, text: Text, show_images: bool = False
+) -> list[judge_audit.Row]:
+    """`audit_rows` of every response of a pool to a labelled question; the judge sees the label as reference.
+    Verdicts that are in the judge's cache cost nothing."""
+    asked = [
+        (sample, response)
+        for sample in samples
+        if sample.answer is not None
+        for response in pool.get(sample.id, ())
+    ]
+    whose, responses = [sample for sample, _ in asked], [response for _, response in asked]
+    references = {sample.id: Reference(sample.answer or "", False, 1.0) for sample in whose}
+    verdicts = judged(whose, responses, judges, references=references, text=text, show_images=show_images)
+    return list(audit_rows(whose, responses, verdicts, text=text))
+
+
 def check(sample: Sample) -> None:
     """Raises SampleError where the sample's scorer cannot use its label: ask before anything is drawn."""
     if sample.answer is not None:

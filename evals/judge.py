@@ -119,7 +119,7 @@ class Judge:
     """Judges items with `generate`, at most `batch` chats a call.
 
     `model` identifies the judging model wholly (checkpoint, revision, mask ratio): verdicts of another one
-    are never reused. `cache` is a JSON-lines file that several runs may share; None keeps verdicts in memory.
+    are never reused. `cache` is where verdicts are kept (`Cache`); several judges and runs may share it.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Judge:
         model: str = "",
         prompts: Prompts | None = None,
         batch: int = 256,
+        writer: str = "0",
     ) -> None:
         if cache is not None and not model:
             raise ValueError(f"{cache}: a cache of verdicts needs model=, what identifies the judge")
@@ -137,7 +138,7 @@ class Judge:
             raise ValueError(f"batch={batch}; wanted at least 1")
         self.generate, self.model, self.batch = generate, model, batch
         self.prompts = prompts or Prompts()
-        self.cache = Cache(cache)
+        self.cache = Cache(cache, writer)
         self.statistics = Statistics()
 
     def judge(self, items: Sequence[Item], progress: Callable[[int, int], None] | None = None) -> list[int]:
@@ -237,21 +238,27 @@ class Cache:
     """Verdicts by key: one JSON object a line, only ever appended to, in memory while open.
 
     A line that a kill has torn is skipped, and what is appended next starts on a line of its own, so no
-    other verdict is lost. `path` None keeps everything in memory alone.
+    other verdict is lost. `path` is a `.jsonl` file, or a directory in which every `writer` (a process) has a
+    file of its own and all are read: network file systems do not keep concurrent appends apart. None keeps
+    everything in memory alone.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, writer: str = "0") -> None:
         self.torn = 0
         self._found: dict[str, Verdict] = {}
-        if path is not None and path.exists():
-            for line in path.read_bytes().splitlines():
-                try:
-                    row = json.loads(line)
-                    verdict = Verdict(int(row["score"]), row["how"], row["explanation"])
-                    self._found[row["key"]] = verdict
-                except (ValueError, KeyError, TypeError):
-                    self.torn += bool(line.strip())
+        apart = path is not None and path.suffix != ".jsonl"
+        self.path = path / f"{writer}.jsonl" if path is not None and apart else path
+        if path is not None:
+            for one in sorted(path.glob("*.jsonl")) if apart else [path] if path.exists() else []:
+                self._read(one)
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                self._found[row["key"]] = Verdict(int(row["score"]), row["how"], row["explanation"])
+            except (ValueError, KeyError, TypeError):
+                self.torn += bool(line.strip())
 
     def __len__(self) -> int:
         return len(self._found)

@@ -273,32 +273,31 @@ def table(result: AuditResult) -> Table:
     from rich.table import Table
 
     shown = Table(title=f"{result.rows} verdicts on {result.questions} questions", title_justify="left")
-    for column in ("", "value", "95 % interval", "p, adjusted", ""):
-        shown.add_column(column, justify="left" if column == "" else "right")
-    for name, share in (
-        ("agreement with the labels", result.agreement),
-        ("wrong responses passed", result.false_positive),
-        ("right responses failed", result.false_negative),
+    for column in ("", "among", "value", "95 % interval", "adj. p", ""):
+        shown.add_column(column, justify="left" if column in ("", "among") else "right", no_wrap=True)
+    for name, among, share in (
+        ("agreement", "all", result.agreement),
+        ("passed", "wrong", result.false_positive),
+        ("failed", "right", result.false_negative),
     ):
-        shown.add_row(name, f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}", "", "")
+        shown.add_row(name, among, f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}", "", "")
+    kappa = result.kappa
     shown.add_row(
-        "Cohen's kappa",
-        f"{result.kappa.value:.2f}",
-        f"{result.kappa.low:.2f} to {result.kappa.high:.2f}",
-        "",
-        "",
+        "Cohen's kappa", "all", f"{kappa.value:.2f}", f"{kappa.low:.2f} to {kappa.high:.2f}", "", ""
     )
     shown.add_section()
     for bias in result.biases:
         name = {
-            "length": "longest against shortest",
-            "option": f"option {bias.level} against others",
-            "source": "teacher against student",
+            "length": "longest - shortest",
+            "option": f"option {bias.level} - others",
+            "source": "teacher - student",
         }[bias.kind]
-        interval = f"{100 * bias.low:+.1f} to {100 * bias.high:+.1f}"
-        name += ", wrong ones" if bias.among == "wrong" else ""
+        effect, interval = (
+            f"{100 * bias.effect:+.1f} points",
+            f"{100 * bias.low:+.1f} to {100 * bias.high:+.1f}",
+        )
         mark = "biased" if bias.flagged else ""
-        shown.add_row(name, f"{100 * bias.effect:+.1f} points", interval, f"{bias.p_adjusted:.2g}", mark)
+        shown.add_row(name, bias.among, effect, interval, f"{bias.p_adjusted:.1g}", mark)
     return shown
 
 

@@ -15,6 +15,7 @@ from distill import judging, probe
 from distill.data import Sample, SampleError
 from distill.encoding import Encoder
 from distill.engines import HfEngine
+from distill.images import ImageSource
 from distill.judging import Rule
 from distill.responses import Reference, Response
 from evals import judge_audit
@@ -116,8 +117,6 @@ def test_each_source_may_have_its_own_judge() -> None:
 def test_the_judge_sees_images_where_it_is_told_to(tmp_path: Path) -> None:
     path = tmp_path / "red.png"
     Image.new("RGB", (4, 4), "red").save(path)
-    from distill.images import ImageSource
-
     content = [{"type": "image"}, {"type": "text", "text": "What color is it?"}]
     shown = Sample("a", ({"role": "user", "content": content},), (ImageSource(path=path),), "red")
     grader = Grader()
@@ -147,6 +146,14 @@ def test_rows_of_an_audit(tmp_path: Path) -> None:
         ("b", 0, 0, "teacher", "B", 2),
     ]
     assert rows[2].how == "unparsable"
+
+
+def test_an_audit_of_a_pool() -> None:
+    pool = {"a": [response(1), response(2)], "n": [response(1)], "b": [response(5)]}
+    samples = [sample("a"), sample("n", None), sample("b", "B", "choice", ("x", "y"))]
+    judge = Judge(Grader(explanation="<answer>1</answer>", reply="1"))
+    rows = judging.audit_pool(samples, pool, judge, text=text)
+    assert [(row.id, row.verdict, row.label) for row in rows] == [("a", 1, 1), ("a", 1, 0), ("b", 1, 1)]
 
 
 def chat(question: str, image: Image.Image | None = None) -> list[dict[str, Any]]:

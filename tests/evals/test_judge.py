@@ -280,6 +280,16 @@ def test_two_processes_may_append_to_one_cache(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+def test_processes_may_write_files_of_their_own(tmp_path: Path) -> None:
+    """What file systems without atomic appends need. All processes read all files."""
+    for rank in range(2):
+        judge = Judge(Grader(), tmp_path / "verdicts", model="a", writer=f"rank-{rank}")
+        judge.judge([item(f"red {rank}"), item("red")])
+    assert sorted(path.name for path in (tmp_path / "verdicts").iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
+    assert judge.statistics.cached == 1
+    assert len(Cache(tmp_path / "verdicts")) == 3
+
+
 def test_a_full_disk_is_not_hidden(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
