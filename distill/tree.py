@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, PreTrainedModel
 
 from distill.encoding import Prompt
@@ -282,7 +283,12 @@ def attention_mask(
 
 
 def _as_attention(config: Any, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, Q, K): boolean for SDPA, which keeps to the type of the queries; else added to the scores."""
+    """(B, 1, Q, K) in the form of the model's attention: a block mask for FlexAttention, which skips what no
+    token of a block sees; boolean for SDPA, which keeps to the type of the queries; else added to scores."""
+    if config._attn_implementation == "flex_attention":
+        rows, queries, keys = seen.shape
+        found = create_block_mask(lambda b, h, q, k: seen[b, q, k], rows, None, queries, keys, seen.device)
+        return cast(torch.Tensor, found)
     if config._attn_implementation == "sdpa":
         return seen[:, None]
     zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)

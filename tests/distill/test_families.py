@@ -228,6 +228,23 @@ def test_half_precision_and_eager_attention(family: Family) -> None:
     assert (one - other).float().norm() < 0.03 * other.float().norm()
 
 
+@pytest.mark.parametrize("family", ["smolvlm", "internvl"], indirect=True)
+def test_flex_attention_gets_the_same_mask(family: Family) -> None:
+    """Uncompiled, on a CPU: what the mask says. The compiled kernel needs a GPU and is not proven here."""
+    model = family.model(attn_implementation="flex_attention")
+    torch.compiler.set_stance("force_eager")
+    try:
+        with torch.no_grad():
+            found = tree.log_probs(model, tree.pack(model, family.rows, 0))
+            drawn = sampled(family, model, family.rows, 1, "tree", greedy=True, max_new_tokens=4)
+    finally:
+        torch.compiler.set_stance("default")
+    model = family.model()
+    torch.testing.assert_close(found, families.alone(model, family.rows).detach(), atol=5e-5, rtol=1e-4)
+    again = sampled(family, model, family.rows, 1, "tree", greedy=True, max_new_tokens=4)
+    assert [s.ids for answer in drawn for s in answer] == [s.ids for answer in again for s in answer]
+
+
 # --- drawing ----------------------------------------------------------
 
 
@@ -281,8 +298,8 @@ def test_recorded_log_probs_score_again(family: Family, mode: str) -> None:
 
 @ways
 def test_the_first_token_falls_as_generate_says(family: Family, mode: str) -> None:
-    """2,000 draws against the processed distribution of transformers: within 4.5 sigma each."""
-    model, count = family.model(), 2000
+    """800 draws against the processed distribution of transformers: within 4.5 sigma each."""
+    model, count = family.model(), 800
     options: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.05, "temperature": 1.5}
     asked = Group(family.encoder.encode(families.sample("wide")))
     given = families.inputs(model, asked.prompt)
