@@ -141,6 +141,10 @@ class Source(Strict):
 
 
 class Data(Strict):
+    """`together`: how many questions about one image stay side by side, to share its forward; above 1 every
+    record is read at the start. `skip_limit`: how many samples may fail before the run ends."""
+
+    together: Positive = 1
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
     validation: tuple[Source, ...] = ()
     skip_limit: Count = 10
@@ -335,14 +339,17 @@ class Train(Strict):
 
 
 class Throughput(Strict):
-    """What `plan` reckons with, per device: tokens generated (each model alone), tokens trained a second,
-    and how many tokens a response and a prompt have on average (null: the longest allowed)."""
+    """What `plan` reckons with: tokens a second of each device, generated and trained, and where the data
+    is not here to look at, how many questions there are and how long prompts are. `mean_response_tokens`
+    null: the longest allowed."""
 
     teacher_tokens_per_second: Above0 = 1000.0
     student_tokens_per_second: Above0 = 4000.0
     train_tokens_per_second: Above0 = 4000.0
-    devices: Positive = 8
+    devices: Positive = 1
+    questions: Positive | None = None
     mean_response_tokens: Positive | None = None
     mean_prompt_tokens: Positive = 512
-    images_per_row: Positive = 1
+    judge_tokens_per_response: Positive = 160
+    images_per_row: Count = 1
     pixels_per_image: Positive = 448 * 448

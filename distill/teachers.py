@@ -1,6 +1,6 @@
 """Teachers: how far each may be masked, which questions each answers at which ratio (METHOD 2).
 
-In: a teacher, scores of its answers to held-out questions (a function), the recipe's masks. Out: the curve
+In: scores of a masked teacher on held-out questions (a function), the recipe's masks. Out: the curve
 of accuracy against the ratio with the r_max it allows, kept in a record; the phases of the run.
 Not here: masking itself (`distill/masking.py`), generating and scoring answers, checkpoints for a server
 (`distill/materialised.py`).
@@ -17,10 +17,8 @@ from typing import Any
 
 from rich.table import Table
 from torch import distributed
-from transformers import PreTrainedModel
 
 from distill import masking
-from distill.masking import Masker, Rule
 from distill.settings import Gate, Mask, Teacher
 from runtime import files
 from runtime.errors import StateError, TrainingError
@@ -28,8 +26,9 @@ from runtime.errors import StateError, TrainingError
 ALL_TEACHERS = -1
 INERT_LOST, INERT_RATIO = 0.01, 0.5
 
-Answer = Callable[[], Sequence[float]]
-"""Lets the teacher answer the held-out questions; one score in [0, 1] each, always in the same order."""
+Answer = Callable[[float], tuple[Sequence[float], float]]
+"""Lets the teacher, masked at a ratio, answer the held-out questions: one score in [0, 1] each, always in the
+same order, and the share of zeros that was measured."""
 
 
 # --- the gate ----------------------------------------------------------
@@ -92,21 +91,19 @@ def _lost(full: Point, point: Point) -> tuple[float, float]:
 
 def gate(
     teacher: str,
-    model: PreTrainedModel,
     answer: Answer,
     mask: Mask,
     record: Path,
     identity: Mapping[str, Any],
     *,
-    rules: Sequence[Rule] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> Gated:
     """Measure the masked teacher at every ratio of the gate, and choose or check r_max.
 
     `auto` is the largest ratio that loses at most `most_lost`; a number must itself lose no more. A ratio
     that `record` (JSON) holds is not measured again; `identity` says what makes it valid (checkpoint,
-    questions). The model is back at r = 0 afterwards. Under several processes all of them call this and
-    the first one's scores count. Without a gate the mask's own r_max is taken unseen.
+    questions). Under several processes all of them call this and the first one's scores count. Without a
+    gate the mask's own r_max is taken unseen.
 
     Raises TrainingError, with the curve, for a teacher that collapses or answers nothing right unmasked;
     StateError for a record of something else.
@@ -114,22 +111,13 @@ def gate(
     if mask.gate is None:
         return Gated(teacher, mask.largest, notes=("no gate: r_max was not checked on this teacher",))
     ratios = sorted({*mask.gate.ratios, *(() if mask.r_max == "auto" else (mask.r_max,))})
-    known = _known(record, {**identity, "tensors": list(mask.tensors), "rules": [asdict(r) for r in rules]})
-    missing = [ratio for ratio in ratios if ratio not in known]
-    masker = Masker(model, max(missing), mask.tensors, rules=rules) if any(missing) else None
-    try:
-        for ratio in missing:
-            known[ratio] = _measure(masker, ratio, answer)
-            point = known[ratio]
+    identity = {**identity, "tensors": list(mask.tensors)}
+    known = _known(record, identity)
+    for ratio in ratios:
+        if ratio not in known:
+            point = known[ratio] = _measure(ratio, answer)
             progress(f"{teacher} at r = {ratio:g}: {point.accuracy:.1%} of {len(point.scores)} questions")
-            _write(
-                record,
-                {**identity, "tensors": list(mask.tensors), "rules": [asdict(r) for r in rules]},
-                known,
-            )
-    finally:
-        if masker is not None:
-            masker.set(0.0)
+            _write(record, identity, known)
     return decide(teacher, [known[ratio] for ratio in ratios], mask.r_max, mask.gate)
 
 
@@ -182,13 +170,10 @@ def _notes(curve: Sequence[Point], settings: Gate, inert: bool) -> tuple[str, ..
     return tuple(notes)
 
 
-def _measure(masker: Masker | None, ratio: float, answer: Answer) -> Point:
+def _measure(ratio: float, answer: Answer) -> Point:
     started = time.monotonic()
-    sparsity = 0.0
-    if masker is not None:
-        masker.set(ratio)
-        sparsity = masker.sparsity
-    scores = tuple(map(float, _first(list(answer()))))
+    answered, sparsity = answer(ratio)
+    scores = tuple(map(float, _first(list(answered))))
     if not scores or not all(0 <= score <= 1 for score in scores):
         raise TrainingError(
             f"gate at r = {ratio:g}: {len(scores)} scores; at least one, all in [0, 1], wanted"

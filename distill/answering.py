@@ -1,0 +1,214 @@
+"""Who answers and who judges in a stage: a model of this process, or a server as long as the stage lasts.
+
+In: models, a recipe's engine. Out: an `Engine` for a teacher under its mask, or for the student as it is.
+A server serves a directory: a masked teacher or the student of a stage is written for it and deleted after
+it. With a server only the main process asks; the others get None and wait.
+Not here: keeping what is answered (`distill/shards.py`), what a judge is asked (`evals/judge.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from distill.encoding import Encoder
+from distill.engines import Engine, HfEngine, OpenAIEngine
+from distill.judging import Judges, Rule, in_process, served
+from distill.materialised import materialised
+from distill.models import Models
+from distill.recipe import ModelJudge, OpenAI, Recipe, Served
+from distill.server import Server
+from evals.client import Client
+from evals.judge import Judge, Messages
+from runtime import files
+from runtime.errors import InputError, StateError
+
+Say = Callable[[str], None]
+
+
+class Answering:
+    """Opens engines as the recipe says. `directory` holds server logs and weights written for servers."""
+
+    def __init__(
+        self, plan: Recipe, models: Models, accelerator: Accelerator, directory: Path, say: Say
+    ) -> None:
+        self.plan, self.models, self.accelerator = plan, models, accelerator
+        self.directory, self.say = directory, say
+
+    @contextlib.contextmanager
+    def teacher(self, number: int, ratio: float) -> Iterator[Engine | None]:
+        """Teacher `number` under a mask of `ratio`."""
+        settings = self.plan.pool.engine
+        if not isinstance(settings, OpenAI):
+            whole = self.models.whole(number)
+            model = whole.at(ratio)
+            yield HfEngine(model, whole.encoder, rows_per_batch=settings.rows, sharing=whole.sharing)
+            return
+        teacher = self.plan.teachers[number]
+        name = f"teacher-{number}-{ratio:g}"
+        with contextlib.ExitStack() as stack:
+            checkpoint = teacher.checkpoint
+            if ratio and settings.command is not None:  # every process takes part in writing it
+                checkpoint = str(stack.enter_context(self._masked(number, ratio, name)))
+            if not self.accelerator.is_main_process:
+                yield None
+                return
+            client = stack.enter_context(self.served(settings, checkpoint, name))
+            yield OpenAIEngine(client, self.models.reader(teacher))
+
+    @contextlib.contextmanager
+    def _masked(self, number: int, ratio: float, name: str) -> Iterator[Path]:
+        """A masked teacher as a checkpoint directory, for as long as it is served."""
+        whole = self.models.whole(number)
+        whole.at(ratio)
+        assert whole.masker is not None
+        self.say(f"writing teacher {number} at mask ratio {ratio:g} for its server")
+        source = f"{self.plan.teachers[number].checkpoint} {self.models.identity(number)}"
+        directory = self.directory / f"served-{name}"
+        with materialised(whole.masker, whole.encoder.processor, directory, source) as found:
+            yield found.path
+
+    @contextlib.contextmanager
+    def student(self, model: PreTrainedModel, mode: str, name: str) -> Iterator[Engine | None]:
+        """The student with the weights it has now (whole, in this process)."""
+        settings = self.plan.pool.engine_of_student
+        encoder = self.models.encoder
+        if not isinstance(settings, OpenAI):
+            yield HfEngine(model, encoder, rows_per_batch=settings.rows, sharing=mode)
+            return
+        if not self.accelerator.is_main_process:
+            yield None
+            return
+        if settings.command is None:
+            with self.served(settings, self.plan.student.checkpoint, name, proof=model) as client:
+                yield OpenAIEngine(client, encoder)
+            return
+        with (
+            self._written(model, encoder, name) as directory,
+            self.served(settings, str(directory), name, proof=model) as client,
+        ):
+            yield OpenAIEngine(client, encoder)
+
+    @contextlib.contextmanager
+    def _written(self, model: PreTrainedModel, encoder: Encoder, name: str) -> Iterator[Path]:
+        """The student as a checkpoint directory, for as long as it is served."""
+        directory = self.directory / f"served-{name}"
+        with files.new_directory(directory) as temporary:
+            model.save_pretrained(temporary)
+            encoder.processor.save_pretrained(temporary)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def served(
+        self, settings: Served, checkpoint: str, name: str, proof: PreTrainedModel | None = None
+    ) -> Iterator[Client]:
+        """A client of a server of `checkpoint`: started here and stopped at the end, or one that runs at
+        `url`; after a proof that it serves what it should (`distill/probe.py`)."""
+        options: dict[str, Any] = {
+            "timeout_seconds": settings.timeout_seconds,
+            "retries": settings.retries,
+            "concurrency": settings.concurrency,
+        }
+        record = self.directory / f"probe-{name}.json"
+        processor = self.models.encoder.processor if proof is not None else None
+        if settings.command is None:
+            from distill import probe
+
+            with Client(settings.url or "", settings.model or checkpoint, **options) as client:
+                probe.prove(client, proof, processor, record=record, checkpoint=checkpoint)
+                yield client
+            return
+        log = self.directory / f"server-{name}.log"
+        with (
+            Server(settings.command, checkpoint, log, model=settings.model, say=self.say) as server,
+            server.client(**options) as client,
+        ):
+            server.probe(client, proof, processor, record=record)
+            self.say(f"serving {name} at {server.base_url}, log {log}")
+            yield client
+
+
+class Judging:
+    """Opens the judges of R_acc as the recipe says (METHOD 4): a rule, the full teacher, whatever model
+    generated a response, or a server. Verdicts of models are kept in one file and never asked for twice."""
+
+    def __init__(self, plan: Recipe, models: Models, answering: Answering, accelerator: Accelerator) -> None:
+        self.plan, self.models, self.answering, self.accelerator = plan, models, answering, accelerator
+        self.settings = plan.judge
+        self.cache = answering.directory / "verdicts.jsonl"
+        in_here = isinstance(self.settings, ModelJudge) and self.settings.by != "server"
+        if in_here and accelerator.is_fsdp2:
+            raise InputError(
+                "judge: a sharded model (FSDP2) cannot judge in its process; set judge.by: server, "
+                "or launch with DDP"
+            )
+        self.rank = accelerator.process_index if in_here else 0
+        self.world = accelerator.num_processes if in_here else 1
+
+    @contextlib.contextmanager
+    def by(self, teacher: int, ratio: float, student: PreTrainedModel, mode: str) -> Iterator[Judges | None]:
+        """Judges that may be asked; None where this process has nothing to ask."""
+        settings = self.settings
+        if not isinstance(settings, ModelJudge):
+            yield None
+        elif settings.by == "server":
+            if not self.accelerator.is_main_process:
+                yield None
+                return
+            with self.answering.served(settings, settings.model or "", "judge") as client:
+                yield self._judge(served(client), self._name(teacher, ratio)[0])
+        elif settings.by == "teacher":
+            whole = self.models.whole(teacher)
+            engine = self._engine(whole.at(0.0), whole.encoder, whole.sharing)
+            yield self._judge(in_process(engine, whole.encoder), self._name(teacher, ratio)[0])
+        else:
+            whole, own = self.models.whole(teacher), self.models.encoder
+            names = self._name(teacher, ratio)
+            judge = in_process(self._engine(whole.at(ratio), whole.encoder, whole.sharing), whole.encoder)
+            itself = in_process(self._engine(student, own, mode), own)
+            yield {"teacher": self._judge(judge, names[0]), "student": self._judge(itself, names[1])}
+
+    def known(self, teacher: int, ratio: float) -> Rule | Judges:
+        """The same judges after all processes have asked: they read what was found."""
+        settings = self.settings
+        if not isinstance(settings, ModelJudge):
+            return Rule()
+        names = self._name(teacher, ratio)
+        if settings.by == "generator":
+            return {
+                "teacher": self._judge(_ask_nothing, names[0]),
+                "student": self._judge(_ask_nothing, names[1]),
+            }
+        return self._judge(_ask_nothing, names[0])
+
+    def _name(self, teacher: int, ratio: float) -> tuple[str, str]:
+        """What identifies the judge of teacher's and of student's responses. The student that judges itself
+        is another one in every phase; its responses are other ones too."""
+        settings = self.settings
+        assert isinstance(settings, ModelJudge)
+        if settings.by == "server":
+            name = f"{settings.url or settings.command} {settings.model}"
+            return name, name
+        own = f"{self.models.identity(teacher)} r {ratio if settings.by == 'generator' else 0:g}"
+        return own, f"student of teacher {teacher} r {ratio:g}" if settings.by == "generator" else own
+
+    def _engine(self, model: PreTrainedModel, encoder: Encoder, mode: str) -> Engine:
+        engine = self.plan.pool.engine
+        rows = 8 if isinstance(engine, OpenAI) else engine.rows
+        return HfEngine(model, encoder, rows_per_batch=rows, sharing=mode)
+
+    def _judge(self, generate: Callable[[list[Messages]], list[str]], name: str) -> Judge:
+        return Judge(generate, self.cache, model=name)
+
+
+def _ask_nothing(chats: list[Messages]) -> list[str]:
+    raise StateError(f"{len(chats)} verdicts are missing although every process has judged; run again")

@@ -1,0 +1,191 @@
+"""The models of one process: teachers under their masks, the student and its reference.
+
+In: a recipe, Accelerate. Out: loaded models with how they read prompts. At most one teacher is whole in
+memory at a time. Not here: serving a model to other processes (`distill/answering.py`), training.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from distill import processes, recipe, sharing, student, tree
+from distill.encoding import Encoder, Prompt
+from distill.feature_store import FeatureStore
+from distill.masking import EMBEDDINGS, VISION, Masker
+from distill.parts import FrozenModel
+from distill.recipe import Recipe
+from runtime import files
+from runtime.errors import CheckpointError, InputError
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A teacher that is whole in this process, frozen, on its device; `masker` None: it is never masked."""
+
+    number: int
+    model: PreTrainedModel
+    masker: Masker | None
+    encoder: Encoder
+    sharing: str
+
+    def at(self, ratio: float) -> PreTrainedModel:
+        """The teacher under a mask of `ratio`."""
+        if self.masker is not None:
+            self.masker.set(ratio)
+        elif ratio:
+            raise InputError(f"teacher {self.number}: asked for a mask of {ratio}, its recipe has none")
+        return self.model
+
+
+def load(settings: recipe.Model, dtype: str | None = None) -> PreTrainedModel:
+    """A checkpoint's weights on the CPU, in `dtype` (default: the recipe's). None of its code is run."""
+    try:
+        found = AutoModelForImageTextToText.from_pretrained(
+            settings.checkpoint,
+            revision=settings.revision,
+            dtype=dtype or settings.dtype,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{settings.checkpoint}: cannot be loaded ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return cast(PreTrainedModel, found.eval())
+
+
+def reader(plan: Recipe, model: recipe.Model) -> Encoder:
+    """How a checkpoint reads prompts: each builds them with its own processor (METHOD 3)."""
+    return Encoder.load(
+        model.checkpoint,
+        revision=model.revision,
+        max_prompt_tokens=plan.data.max_prompt_tokens,
+        max_pixels=plan.data.max_pixels,
+    )
+
+
+class Models:
+    """What a run loads, and when it lets go of it."""
+
+    def __init__(self, plan: Recipe, accelerator: Accelerator, probe: Prompt | None = None) -> None:
+        self.plan, self.accelerator, self.probe = plan, accelerator, probe
+        self.encoder = reader(plan, plan.student)
+        self._whole: Whole | None = None
+        self._identities: dict[int, str] = {}
+        self.reasons: dict[str, str] = {}
+
+    def reader(self, model: recipe.Model) -> Encoder:
+        """How a checkpoint reads prompts."""
+        return reader(self.plan, model)
+
+    # --- teachers -----------------------------------------------------
+
+    def whole(self, number: int) -> Whole:
+        """Teacher `number` in this process, to draw and judge with. Another one in memory is let go first."""
+        if self._whole is None or self._whole.number != number:
+            self.release()
+            settings = self.plan.teachers[number]
+            model = load(settings).requires_grad_(False).to(cast(Any, self.accelerator.device))
+            mask = settings.mask
+            masker = Masker(model, mask.largest, mask.tensors) if mask and mask.largest else None
+            encoder = self.reader(settings)
+            mode = self._mode(f"teacher {number}", model, encoder, gradients=False)
+            self._whole = Whole(number, model, masker, encoder, mode)
+        return self._whole
+
+    def frozen(self, number: int, ratio: float) -> FrozenModel:
+        """Teacher `number` under its mask for the training steps; under FSDP2 in shards."""
+        settings = self.plan.teachers[number]
+        if self.accelerator.is_fsdp2:
+            return self._sharded(number, ratio)
+        whole = self.whole(number)
+        whole.at(ratio)
+        held = processes.hold(self.accelerator, whole.model)
+        cache = FeatureStore() if self._vision_stays(settings) else None
+        return FrozenModel(held, whole.encoder, sharing=whole.sharing, cache=cache, weight=settings.weight)
+
+    def _sharded(self, number: int, ratio: float) -> FrozenModel:
+        self.release()
+        settings = self.plan.teachers[number]
+        model, encoder = load(settings), self.reader(settings)
+        mode = self._mode(f"teacher {number}", model, encoder, gradients=False)
+        held = processes.hold(self.accelerator, model)
+        mask = settings.mask
+        if mask and mask.largest:
+            Masker(model, ratio, mask.tensors).set(ratio)
+        cache = FeatureStore() if self._vision_stays(settings) else None
+        return FrozenModel(held, encoder, sharing=mode, cache=cache, weight=settings.weight)
+
+    @staticmethod
+    def _vision_stays(settings: recipe.Teacher) -> bool:
+        """Whether its image features are the same in every phase."""
+        return settings.mask is None or not {VISION, EMBEDDINGS} & set(settings.mask.tensors)
+
+    def identity(self, number: int) -> str:
+        """What a teacher's weights are: a hash of its files (of a directory), or repository and revision."""
+        settings = self.plan.teachers[number]
+        if number not in self._identities:
+            self._identities[number] = files.sha256_json(identity(settings))
+        return self._identities[number]
+
+    def release(self) -> None:
+        """Let go of the teacher in memory."""
+        self._whole = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # --- student ------------------------------------------------------
+
+    def student(self) -> Any:
+        """The student to train: fp32 master weights (METHOD 6), frozen parts, adapters, checkpointing."""
+        train = self.plan.train
+        model = load(self.plan.student, "float32")
+        if train.freeze:
+            student.freeze(model, train.freeze)
+        if train.gradient_checkpointing:
+            student.checkpointed(model)
+        if train.lora is None:
+            return model
+        return student.with_lora(model, train.lora.rank, train.lora.alpha, train.lora.targets)
+
+    def reference(self, mode: str) -> FrozenModel | None:
+        """A frozen copy of the initial student where the objective needs one and adapters do not give it."""
+        if self.plan.train.lora is not None or not self.plan.objective.switches.needs_reference:
+            return None
+        held = processes.hold(self.accelerator, load(self.plan.student, "float32"))
+        return FrozenModel(held, sharing=mode, cache=FeatureStore())
+
+    def student_mode(self, model: Any) -> str:
+        """How the student shares prefixes: as the recipe says, or found by a probe."""
+        chosen = self.plan.train.sharing
+        if chosen != "auto":
+            return chosen
+        return self._mode("student", student.plain(model), self.encoder, gradients=True)
+
+    def _mode(self, name: str, model: PreTrainedModel, encoder: Encoder, *, gradients: bool) -> str:
+        if self.probe is None:
+            return tree.TREE
+        mode, reason = sharing.choose(model, encoder, [tree.Group(self.probe)], gradients=gradients)
+        self.reasons[name] = f"{mode} ({reason})"
+        return mode
+
+    def fallbacks(self) -> Sequence[str]:
+        """Why a model does not share prefixes as a tree, in words."""
+        return [f"{name}: {why}" for name, why in self.reasons.items() if not why.startswith(tree.TREE)]
+
+
+def identity(settings: recipe.Model) -> dict[str, Any]:
+    """JSON-ready facts that are equal exactly where the weights and their reading are."""
+    path = Path(settings.checkpoint)
+    if not path.is_dir():
+        return {"repository": settings.checkpoint, "revision": settings.revision, "dtype": settings.dtype}
+    kept = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    return {"files": {f.name: files.sha256_file(f) for f in kept}, "dtype": settings.dtype}
