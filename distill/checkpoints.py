@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from distill import optim
+from distill.processes import Held
 from runtime import files
 from runtime.errors import StateError
 
@@ -158,10 +159,11 @@ def full_state(accelerator: Accelerator, learner: nn.Module) -> dict[str, torch.
     """The student's whole state dict on the CPU, gathered; on other than the main process it may be empty.
     Every process calls this."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        found = accelerator.get_state_dict(learner) or {}
+        engine: Any = accelerator.deepspeed_engine_wrapped
+        found = accelerator.get_state_dict(engine.engine) or {}
         return {name.removeprefix("model."): tensor for name, tensor in found.items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    student = cast(nn.Module, _inner(accelerator, learner).model)
+    student = _student(accelerator, learner)
     return cast(dict[str, torch.Tensor], get_model_state_dict(student, options=options))
 
 
@@ -175,11 +177,13 @@ def write_model(
 ) -> Path:
     """Write the student as a Hugging Face checkpoint directory, in one piece. Every process calls this.
 
+    `learner`: the prepared one, or the model that `loop.fit` was given.
+
     With LoRA `merge` writes the merged model, which loads anywhere; `adapter` writes peft's adapter only.
     """
     state = full_state(accelerator, learner)
     if accelerator.is_main_process:
-        student = cast(Any, _inner(accelerator, learner).model)
+        student = _student(accelerator, learner)
         with files.new_directory(out) as temporary:
             if not hasattr(student, "peft_config") or lora == "adapter":
                 student.save_pretrained(temporary, state_dict=state)
@@ -204,6 +208,12 @@ def merged(student: Any, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
 
 def _inner(accelerator: Accelerator, learner: nn.Module) -> Any:
     return accelerator.unwrap_model(learner, keep_torch_compile=False)
+
+
+def _student(accelerator: Accelerator, module: nn.Module) -> Any:
+    """The model in a learner, prepared or not, or a model that `loop.fit` has trained."""
+    inner = _inner(accelerator, module)
+    return inner.model if isinstance(inner, Held) else inner
 
 
 def _alone(accelerator: Accelerator) -> bool:

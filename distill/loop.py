@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from distill import checkpoints, optim, processes, warnings
+from distill.bar import Bar
 from distill.learner import Learner
 from distill.optim import Optimizing
 from distill.throughput import Meter, peak_flops
@@ -113,24 +115,29 @@ def fit(
     validate: Validate | None = None,
     validate_every: int = 200,
     patience: int | None = None,
+    out: Path | None = None,
     processor: ProcessorMixin | None = None,
     norms_every: int = 0,
     seed: int = 0,
+    console: Console | None = None,
     progress: Progress | None = None,
     warn: Callable[[warnings.Sign], None] | None = None,
 ) -> Log:
     """Train in place and return the log, one entry a step. Continues from `directory` if cut there before.
 
     Every process of an Accelerate launch calls this alike. After it, `model` is trained in place: whole, or
-    this process's shards of it under FSDP2 (`checkpoints.write_model(out, accelerator, Learner or model)`).
+    this process's shards of it under FSDP2. `out`: where the final model goes as a Hugging Face checkpoint,
+    with the `processor` (or call `checkpoints.write_model(out, accelerator, model, processor)`).
 
     `validate(student, step)` is called by every process after each `validate_every` steps and at the end,
     with whole weights; it returns the same value everywhere, higher is better. The best student so far is
     kept as a checkpoint in `directory/best`. After `patience` validations without a better one training
     ends. Every `norms_every` steps the log holds each term's share of the sum of the terms' gradient norms
     on the first micro-batches (0: never; not under DeepSpeed, which keeps its gradients to itself).
-    `progress` and the accelerator's trackers also get tokens/s per device and MFU, which no log holds: a
-    log is the same whenever a run is repeated. `warn` gets signs of failure, by default as Python warnings.
+    With a `console` the main process shows a bar, rates and warnings there. `progress` and the
+    accelerator's trackers also get tokens/s per device and MFU, which no log holds: a
+    log is the same whenever a run is repeated. `warn` gets signs of failure; without it and a console they
+    are Python warnings.
 
     Raises TrainingError when the loss is no longer finite, or when memory does not suffice.
     """
@@ -139,7 +146,23 @@ def fit(
     if validate is not None:
         run.validate, run.validate_every = validate, validate_every
     run.progress, run.warn = progress, warn or warnings.emit
-    return run.train(save_every)
+    with contextlib.ExitStack() as stack:
+        if console is not None and run.accelerator.is_main_process:
+            bar = stack.enter_context(Bar(console))
+            run.warn = warn or bar.warn
+            run.progress = bar.progress if progress is None else _both(bar.progress, progress)
+        log = run.train(save_every)
+    if out is not None:
+        checkpoints.write_model(out, run.accelerator, run.learner, processor)
+    return log
+
+
+def _both(first: Progress, second: Progress) -> Progress:
+    def progress(done: int, total: int, figures: dict[str, float]) -> None:
+        first(done, total, figures)
+        second(done, total, figures)
+
+    return progress
 
 
 class _Run:
@@ -222,25 +245,21 @@ class _Run:
         operations = figures.pop("flops", 0.0)
         entry = {"step": step, "loss": figures.pop("loss"), "grad_norm": norm, **figures, **shares}
         self.log.append({**entry, **self.steps.figures(step)})
-        self.meter.add(figures.get("tokens", 0.0), operations, time.monotonic() - started)
+        tokens = figures.get("input_tokens", figures.get("tokens", 0.0))
+        self.meter.add(tokens, operations, time.monotonic() - started)
         self._after(step)
 
     def _backward(self, parts: Sequence[Part]) -> dict[str, float]:
         """Add up gradients of all parts of all processes; sum of their figures."""
-        total: dict[str, torch.Tensor] = {}
+        total: dict[str, float] = {}
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._sync(last):
                 loss, figures = self.learner(part)
                 self._accumulate(loss, last)
             for name, value in {"loss": loss.detach(), **figures}.items():
-                value = torch.as_tensor(value, dtype=torch.float64 if self._double else torch.float32)
-                total[name] = total[name] + value if name in total else value
-        return processes.sums(self.accelerator, {name: float(value) for name, value in total.items()})
-
-    @property
-    def _double(self) -> bool:
-        return self.accelerator.device.type != "mps"
+                total[name] = total.get(name, 0.0) + float(value)
+        return processes.sums(self.accelerator, total)
 
     def _accumulate(self, loss: torch.Tensor, last: bool) -> None:
         """Backward of a part. DDP, FSDP2 and DeepSpeed average over processes; our parts are to add up."""

@@ -93,7 +93,8 @@ class _Schedule:
 
     def figures(self, step: int) -> dict[str, float]:
         phase = self.phases[self.phase]
-        return {"phase": float(self.phase), "teacher": float(phase.teacher), "mask_ratio": phase.ratio}
+        place = {"phase": float(self.phase), "teacher": float(phase.teacher), "mask_ratio": phase.ratio}
+        return {**place, "rl_weight": self.context.switches.rl}
 
     def enter(self, phase: int, questions: Sequence[Question]) -> None:
         """Make a phase's questions the ones that steps are made of."""

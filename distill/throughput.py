@@ -135,8 +135,3 @@ class Meter:
         if self.peak is not None and operations:
             found["mfu"] = operations / seconds / self.devices / self.peak
         return found
-
-    def text(self) -> str:
-        found = self.figures()
-        share = f"{found['mfu']:.0%}" if "mfu" in found else "unknown"
-        return f"{found['tokens_per_s_device']:,.0f} tokens/s per device, MFU {share}"

@@ -4,7 +4,7 @@ In: the log of `loop.fit`. Out: signs with advice. Not here: what to do about th
 
 Every sign is a pure function of the log. A log entry is one step: `loss`, `grad_norm`, and for the pool
 `divergence`, `r_acc`, `r_distill` (means over the step's responses, weighted by count), `zero_variance`
-(share of questions without reward variance), `reference` (KL to the initial student), `grad_share_*`.
+(share of questions without reward variance), `grad_share_*`, `rl_weight` (the switch).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def oscillation(log: Log) -> Sign | None:
 
 def collapse(log: Log) -> Sign | None:
     """The student leaves where it began or the teacher: the divergence rises by half while its answers, as
-    the judge sees them, do not get better; or the KL to the initial student rises tenfold."""
+    the judge sees them, do not change as much: better answers then are the judge's taste."""
     if len(log) < 2 * WINDOW:
         return None
     now, before = log[-WINDOW:], log[-2 * WINDOW : -WINDOW]
@@ -102,11 +102,16 @@ def _same_phase(log: Log) -> bool:
     return len({(entry.get("mask_ratio"), entry.get("phase")) for entry in log}) == 1
 
 
+def _has_rl(log: Log) -> bool:
+    """Whether the objective has an RL term at all."""
+    return log[-1].get("rl_weight", 1.0) != 0
+
+
 def no_gain(log: Log) -> Sign | None:
     """RL has nothing to learn from: hardly a question has responses of different reward, or none is right."""
     window = log[-WINDOW:]
     flat, right = column(window, "zero_variance"), column(window, "r_acc")
-    if len(flat) < WINDOW:
+    if not _has_rl(log) or len(flat) < WINDOW:
         return None
     if mean(right) < 0.02:
         return Sign(
@@ -129,10 +134,8 @@ def no_gain(log: Log) -> Sign | None:
 
 def plain_distillation(log: Log) -> Sign | None:
     """RL is switched on, but its gradient is hardly there: the preset has become plain distillation."""
-    shares = [entry["grad_share_rl"] for entry in log if "grad_share_rl" in entry][-5:]
-    if len(shares) < 3 or mean(shares) >= 0.05:
-        return None
-    if not any(abs(value) > 0 for value in shares) and not any(entry.get("rl_weight", 1.0) for entry in log):
+    shares = column(log, "grad_share_rl")[-5:]
+    if not _has_rl(log) or len(shares) < 3 or mean(shares) >= 0.05:
         return None
     return Sign(
         "plain distillation",
