@@ -80,29 +80,42 @@ class Encoder:
     def encode(self, sample: Sample) -> Prompt:
         """The sample's conversation with the generation prompt, as `processor.apply_chat_template` gives it.
 
-        Raises InputError where images and placeholders differ in number or the prompt is too long.
+        Raises InputError where images and placeholders differ in number, the processor refuses the sample
+        or the prompt is too long.
         """
         images = [self._fit(image) for image in sample.open_images()]
-        encoded: Any = self.processor.apply_chat_template(
-            _with_images(sample, images),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        encoded = self._apply(sample, _with_images(sample, images))
         ids = tuple(encoded["input_ids"][0].tolist())
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             raise InputError(
                 f"sample {sample.id}: a prompt of {len(ids)} tokens, {self.max_prompt_tokens} are allowed; "
                 "raise data.max_prompt_tokens, lower data.max_pixels, or leave the sample out"
             )
+        if not images:
+            self._refuse_placeholder(ids, f"sample {sample.id}")
         vision = {name: value for name, value in encoded.items() if name not in TEXT_INPUTS}
         return Prompt(ids, vision, _hash(images))
+
+    def _apply(self, sample: Sample, messages: list[dict[str, Any]]) -> Any:
+        try:
+            return self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise InputError(f"sample {sample.id}: the processor cannot prepare it: {reason}") from error
+
+    def _refuse_placeholder(self, ids: Sequence[int], where: str) -> None:
+        placeholder = getattr(self.processor, "image_token_id", None)
+        if placeholder is not None and placeholder in ids:
+            token = self.tokenizer.convert_ids_to_tokens(placeholder)
+            raise InputError(f"{where}: its text holds the image placeholder {token} but no image; remove it")
 
     def response_ids(self, text: str, *, end: bool = True) -> tuple[int, ...]:
         """Ids of an assistant's turn that says `text`; with `end`, the template's end token closes it."""
         lead, last = self._turn
         ids = self.tokenizer(lead + text, add_special_tokens=False)["input_ids"]
+        self._refuse_placeholder(ids, f"answer {text[:40]!r}")
         return (*ids, last) if end else tuple(ids)
 
     def text(self, ids: Sequence[int]) -> str:

@@ -80,6 +80,12 @@ class Features:
         return {"image": found}
 
 
+def base_of(model: PreTrainedModel) -> Any:
+    """The model without its LM head; of a peft model, the one inside, adapters included."""
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
+
+
 def image_token(model: PreTrainedModel) -> int:
     """The id of the image placeholder, which features replace."""
     for name in ("image_token_id", "image_token_index"):
@@ -105,7 +111,7 @@ def encode_images(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Features
     Prompts whose vision tensors agree in all but the first dimension are encoded in one call.
     Raises CheckpointError where a prompt's placeholders and the model's features differ in number.
     """
-    base = cast(Any, model.base_model)
+    base = base_of(model)
     placeholder = image_token(model)
     calls: dict[tuple[object, ...], list[int]] = {}
     inputs = [accepted(base.get_image_features, prompt) for prompt in prompts]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from transformers import (
@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from distill import tree
-from distill.features import Features, image_token
+from distill.features import Features, base_of, image_token
 from distill.tree import NAIVE, PADDING, TREE, Batch, Group, Row
 
 
@@ -145,7 +145,7 @@ class _TreeDecoder:
         self.key_r = torch.cat([self.key_r, at.branch_bq], 1)
         self.key_d = torch.cat([self.key_d, depth_bq], 1)
         at.seen_bqk = torch.cat([at.seen_bqk, at.seen_bqq], 2)
-        hidden = cast(Any, self.model.base_model)(
+        hidden = base_of(self.model)(
             input_ids=ids_bq,
             attention_mask=tree.attention_mask(self.model, at.seen_bqk, depth_bq, self.key_d),
             position_ids=position_bq if self.axes == 1 else position_bq.expand(self.axes, -1, -1),
@@ -224,7 +224,7 @@ class _CacheDecoder:
         ids_s = torch.full_like(self.kept_s, self.pad_id).index_put((place_a,), ids_a)
         position_sl = (self.position_s[self.kept_s] + self.step)[:, None]
         self.mask_sl = torch.cat([self.mask_sl, torch.ones_like(position_sl)], 1)
-        hidden = cast(Any, self.model.base_model)(
+        hidden = base_of(self.model)(
             input_ids=ids_s[:, None],
             attention_mask=self.mask_sl,
             position_ids=position_sl if self.axes == 1 else position_sl.expand(self.axes, -1, -1),

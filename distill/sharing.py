@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
 from distill import tree
 from distill.encoding import Encoder, Prompt
-from distill.features import accepted, encode_images, image_token, parameter_names
+from distill.features import accepted, base_of, encode_images, image_token, parameter_names
 from distill.tree import MODES, PREFIX, Group, Row
 from runtime.errors import CheckpointError
 
@@ -130,7 +130,7 @@ def _shared(model: PreTrainedModel, batch: tree.Batch, mode: str, *, grad: bool)
 
 def _alone(model: PreTrainedModel, batch: tree.Batch, *, grad: bool) -> torch.Tensor:
     """(T, hidden): the model on each whole sequence as its processor would hand it over."""
-    base = cast(Any, model.base_model)
+    base = base_of(model)
     found = []
     with torch.set_grad_enabled(grad):
         for _, group in batch.flat:

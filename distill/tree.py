@@ -32,7 +32,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, PreTrainedModel
 
 from distill.encoding import Prompt
-from distill.features import Features, accepted, encode_images, image_token, parameter_names
+from distill.features import Features, accepted, base_of, encode_images, image_token, parameter_names
 from runtime.errors import TrainingError
 
 ROOT, PADDING = -1, -2
@@ -213,7 +213,7 @@ def _prompt_positions(
 
     A model that places image tokens in several dimensions says so itself (`get_rope_index`).
     """
-    base = cast(Any, model.base_model)
+    base = base_of(model)
     if not hasattr(base, "get_rope_index"):
         return [np.arange(len(prompt.ids))[None] for prompt in prompts], [len(p.ids) for p in prompts]
     ids, mask = pad_left_or_right([prompt.ids for prompt in prompts], 0, left=False)
@@ -329,7 +329,7 @@ def log_probs(
 
 def run_tree(model: PreTrainedModel, batch: Batch, features: Features, **options: object) -> torch.Tensor:
     """(B, L, hidden) of the whole tree."""
-    return cast(Any, model.base_model)(
+    return base_of(model)(
         input_ids=batch.ids_bl,
         mm_encoder_outputs=features.outputs(),
         attention_mask=attention_mask(model, batch.visible, batch.depth_bl, batch.depth_bl),
@@ -358,7 +358,7 @@ def prefill(model: PreTrainedModel, batch: Batch, features: Features, groups: Se
         positions[:, place, width - at.shape[1] :] = at
     cache = DynamicCache(config=model.config)
     mask = mask.to(device)
-    hidden = cast(Any, model.base_model)(
+    hidden = base_of(model)(
         input_ids=ids.to(device),
         mm_encoder_outputs=features.select([flat[g][0] for g in groups]).outputs(),
         attention_mask=mask,
@@ -396,7 +396,7 @@ def _prefix_states(model: PreTrainedModel, batch: Batch, features: Features) -> 
     ids, mask = pad_left_or_right([response[:-1] for response in responses], batch.pad_id, left=False)
     start_r = torch.tensor(batch.next_g, device=model.device)[batch.group_r]
     positions_rl = start_r[:, None] + torch.arange(ids.shape[1], device=model.device)
-    later_rlh = cast(Any, model.base_model)(
+    later_rlh = base_of(model)(
         input_ids=ids.to(model.device),
         attention_mask=torch.cat([filled.mask_nl[owner_r], mask.to(model.device)], 1),
         position_ids=_by_axes(positions_rl.expand(len(batch.positions_g[0]), -1, -1)),
@@ -414,7 +414,7 @@ def _token_in_response(batch: Batch) -> torch.Tensor:
 
 def _naive_states(model: PreTrainedModel, batch: Batch, features: Features) -> torch.Tensor:
     """One sequence a response, padded at the right; the model finds the positions itself."""
-    base = cast(Any, model.base_model)
+    base = base_of(model)
     whole = [(row, g.prompt, (*g.prompt.ids, *r[:-1])) for row, g in batch.flat for r in g.responses]
     ids, mask = pad_left_or_right([ids for *_, ids in whole], batch.pad_id, left=False)
     given = [accepted(base.forward, prompt) for _, prompt, _ in whole]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,20 @@ def test_limits(family: Family) -> None:
         Encoder(family.encoder.processor, max_prompt_tokens=20).encode(sample)
 
 
+@every
+def test_what_cannot_be_a_prompt(family: Family) -> None:
+    """A placeholder that a user typed, more places than images: an error that names the sample."""
+    token = family.encoder.tokenizer.convert_ids_to_tokens(family.model().config.image_token_id)
+    for shape in ("text", "square"):
+        with pytest.raises(InputError, match=f"sample {shape}: "):
+            family.encoder.encode(families.sample(shape, f"what is {token}?"))
+    with pytest.raises(InputError, match="placeholder"):
+        family.encoder.response_ids(f"a {token}")
+    sample = families.sample("two")
+    with pytest.raises(InputError, match="2 image places in its messages, 1 images"):
+        family.encoder.encode(dataclasses.replace(sample, images=sample.images[:1]))
+
+
 @pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
 def test_all_end_tokens_of_a_checkpoint_count(family: Family, tmp_path: Path) -> None:
     family.encoder.processor.save_pretrained(tmp_path)
@@ -176,6 +191,24 @@ def test_a_tree_bears_recomputed_layers(family: Family) -> None:
         log_probs.square().mean().backward()
         found.append([log_probs.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "lfm2_vl"], indirect=True)
+def test_adapters_of_peft(family: Family) -> None:
+    """The wrapped model is used as it is: what its inner model says, gradients of adapters only."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(family.model(), config).eval()
+    mode, _ = sharing.choose(model, family.encoder, family.rows[0])
+    assert mode == ("prefix" if family.path.name == "lfm2_vl" else "tree")
+    found = tree.log_probs(model, tree.pack(model, family.rows, 0), sharing=mode)
+    inner = model.get_base_model()
+    torch.testing.assert_close(found, families.alone(inner, family.rows), atol=5e-5, rtol=1e-4)
+    found.square().mean().backward()
+    assert {"lora_" in name for name, p in model.named_parameters() if p.grad is not None} == {True}
+    plain = tree.log_probs(family.model(), tree.pack(inner, family.rows, 0), sharing=mode)
+    assert (plain - found).abs().max() > 0.1
 
 
 @every
