@@ -203,7 +203,7 @@ class OpenAIEngine:
 
         Raises ServerError after what was under way has been kept.
         """
-        work = _Work(self, samples, count, sampling, seed, kept or {}, refuse)
+        work = _Work(self, samples, count, sampling, seed, {} if kept is None else kept, refuse)
         while True:
             for number, choices in self.client.stream(work.requests(), refused=work.refused_by_server):
                 place, sample, numbers = work.asked.pop(number)

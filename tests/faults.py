@@ -133,7 +133,7 @@ class FaultServer:
             status, good = self.good(body)
             if fault == "half":
                 good = good[: len(good) // 2]
-            if not fault or fault == "slow":
+            if status == 200 and fault in ("", "slow"):
                 with self.lock:
                     self.bodies.append(json.loads(body))
             self.reply(handler, status, good, cut=fault == "cut")

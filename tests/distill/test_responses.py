@@ -223,6 +223,23 @@ def test_what_a_server_gave_is_never_asked_for_again(
     assert not list((tmp_path / "cut").glob("*.partial"))
 
 
+def test_half_answered_samples_are_completed(
+    server: FaultServer, remote: OpenAIEngine, tmp_path: Path
+) -> None:
+    """A server that gives one answer a request dies when a sample has some of its four."""
+    server.answer = lambda body: completion([str(body["seed"])])
+    server.plan.extend([""] * 9 + ["dead"])
+    with pytest.raises(ServerError):
+        draw(remote, tmp_path)
+    there = [len(some) for some in Partial(tmp_path / "00000.partial").drawn.values()]
+    assert sum(there) == len(server.bodies) and any(0 < number < 4 for number in there)
+    server.plan.clear()
+    draw(remote, tmp_path)
+    seeds = [body["seed"] for body in server.bodies]
+    assert len(seeds) == len(set(seeds)) == 40
+    assert total(responses.load(tmp_path)) == {f"few:{i}": 4 for i in range(10)}
+
+
 def test_a_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "00000.partial"
     drawn = test_engines.Drawn((5, 2), (-0.5, -0.25), True)
