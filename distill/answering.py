@@ -144,7 +144,7 @@ class Judging:
     def __init__(self, plan: Recipe, models: Models, answering: Answering, accelerator: Accelerator) -> None:
         self.plan, self.models, self.answering, self.accelerator = plan, models, answering, accelerator
         self.settings = plan.judge
-        self.cache = answering.directory / "verdicts.jsonl"
+        self.cache = answering.directory / "verdicts"
         in_here = isinstance(self.settings, ModelJudge) and self.settings.by != "server"
         if in_here and accelerator.is_fsdp2:
             raise InputError(
@@ -207,7 +207,7 @@ class Judging:
         return HfEngine(model, encoder, rows_per_batch=rows, sharing=mode)
 
     def _judge(self, generate: Callable[[list[Messages]], list[str]], name: str) -> Judge:
-        return Judge(generate, self.cache, model=name)
+        return Judge(generate, self.cache, model=name, writer=str(self.accelerator.process_index))
 
 
 def _ask_nothing(chats: list[Messages]) -> list[str]:

@@ -102,7 +102,9 @@ def run(
             console.print(f"[dim]{out / STUDENT} is there: nothing to do[/dim]")
             return out / STUDENT
         job = _Job(plan, out, shared or out / WORK, accelerator, console, limit)
-        return job.run(until)
+        found = job.run(until)
+        accelerator.end_training()
+        return found
 
 
 class _Job:
@@ -294,7 +296,7 @@ class _Job:
         if self.plan.train.trackers:
             self.accelerator.init_trackers(self.plan.name, config={"recipe": self.plan.sha256})
         bar = _Bar(self.console, "train")
-        log = loop.fit(
+        return loop.fit(
             student,
             steps,
             settings,
@@ -310,8 +312,6 @@ class _Job:
             progress=bar.figures,
             warn=lambda sign: self.say(f"warning: {sign}"),
         )
-        self.accelerator.end_training()
-        return log
 
     def validate(self, student: PreTrainedModel, step: int) -> float:
         """Share of validation questions answered right by the samples' own rules, greedily."""
@@ -326,13 +326,11 @@ class _Job:
         self, student: Any, log: loop.Log, pooled: Pooling, gated: list[Gated], phases: list[Phase]
     ) -> None:
         """Write metrics, then the checkpoint: the best one on validation, or the last without validation."""
-        values = checkpoints.validations(log)
-        best = self.out / WORK / "train" / loop.BEST
         if self.main:
             files.write_json(self.out / METRICS, self.metrics(student, log, pooled, gated, phases))
-        if values and best.exists():
+        if checkpoints.validations(log):
             if self.main:
-                best.replace(self.out / STUDENT)
+                (self.out / WORK / "train" / loop.BEST).replace(self.out / STUDENT)
         else:
             processor = self.models.encoder.processor
             checkpoints.write_model(self.out / STUDENT, self.accelerator, Learner(student), processor)
