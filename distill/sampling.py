@@ -105,7 +105,8 @@ class _Queries:
     slot_a: torch.Tensor
     question_bq: torch.Tensor
     branch_bq: torch.Tensor
-    depth_bq: torch.Tensor  # at the first step
+    depth_bq: torch.Tensor  # at the first step; 0 for padding, at every step
+    real_bq: torch.Tensor  # 1, 0 for padding
     position_bq: torch.Tensor
     seen_bqq: torch.Tensor  # of each other, in one step
     seen_bqk: torch.Tensor  # of all that is in the cache
@@ -140,7 +141,7 @@ class _TreeDecoder:
         if at is None or len(at.row_a) != len(alive_a):
             at = self._queries = self._arrange(alive_a)
         ids_bq = torch.full_like(at.question_bq, self.pad_id).index_put((at.row_a, at.slot_a), ids_a)
-        depth_bq, position_bq = at.depth_bq + self.step, at.position_bq + self.step
+        depth_bq, position_bq = at.depth_bq + self.step * at.real_bq, at.position_bq + self.step
         self.key_q = torch.cat([self.key_q, at.question_bq], 1)
         self.key_r = torch.cat([self.key_r, at.branch_bq], 1)
         self.key_d = torch.cat([self.key_d, depth_bq], 1)
@@ -169,7 +170,8 @@ class _TreeDecoder:
         before = tree.visible(question, branch, self.key_q, self.key_r, causal=False)
         among[:, :, 0] &= question != PADDING  # padding looks at the first token of the cache instead
         depth, position = spread(self.depth_s, 0), spread(self.position_s, 0)
-        return _Queries(row_a, slot_a, question, branch, depth, position, among, before)
+        real = (question != PADDING).long()
+        return _Queries(row_a, slot_a, question, branch, depth, real, position, among, before)
 
     def _rows(self, alive_a: torch.Tensor) -> torch.Tensor:
         """The cache row of each living response, after ended rows have left."""

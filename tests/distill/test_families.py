@@ -261,6 +261,19 @@ def test_half_precision_and_eager_attention(family: Family) -> None:
     assert (one - other).float().norm() < 0.03 * other.float().norm()
 
 
+@ways
+def test_under_autocast(family: Family, mode: str) -> None:
+    """fp32 weights, bf16 arithmetic, as training on a GPU does: near the fp32 values, with gradients."""
+    model = family.model()
+    batch = tree.pack(model, family.rows, family.encoder.pad_id)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tree.hidden_states(model, batch, sharing=mode)
+    expected = tree.hidden_states(model, batch, sharing="naive").detach()
+    assert (found.detach() - expected).norm() < 0.05 * expected.norm()
+    found.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("family", ["smolvlm", "internvl"], indirect=True)
 def test_flex_attention_gets_the_same_mask(family: Family) -> None:
     """Uncompiled, on a CPU: what the mask says. The compiled kernel needs a GPU and is not proven here."""
@@ -356,6 +369,25 @@ def test_drawing_past_a_window(family: Family, mode: str) -> None:
     groups = [group for row in family.rows for group in row]
     for group, (found,) in zip(groups, drawn, strict=True):
         assert list(found.ids) == generated(model, group, 14)
+
+
+def test_padding_sees_something_past_a_window() -> None:
+    """A slot without a response keeps depth 0, so that its row of the softmax is never empty."""
+    config = type("Text", (), {"sliding_window": 3, "layer_types": ["sliding_attention"]})
+    config._attn_implementation = "sdpa"
+    outer = type("Config", (), {"get_text_config": lambda self: config})
+    model: Any = type("Model", (), {"config": outer(), "dtype": torch.float32})
+    question, branch = torch.tensor([[0, tree.PADDING]]), torch.tensor([[0, 0]])
+    key = torch.tensor([[tree.ROOT, tree.ROOT, 0, 0, 0, 0]])
+    seen = tree.visible(question, branch, key, torch.zeros_like(key), causal=False)
+    mask: Any = tree.attention_mask(model, seen, torch.tensor([[5, 0]]), torch.arange(6)[None])
+    assert mask["sliding_attention"][0, 0].tolist() == [
+        [False, False, False, True, True, True],
+        [True, True, False, False, False, False],
+    ]
+    config.layer_types = ["chunked_attention"]
+    with pytest.raises(NotImplementedError):
+        tree.attention_mask(model, seen, seen, seen)
 
 
 # --- choosing ---------------------------------------------------------
