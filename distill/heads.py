@@ -6,7 +6,7 @@ student's gradient. Not here: rewards, the loss, where signals come from.
 A chunk's logits are computed, reduced to a few numbers a token, and dropped; the backward pass computes
 them once more (twice each head, in all). The gradient for the logits is written out by hand
 (`divergence.flow_tv`) rather than left to autograd, which would keep some ten tensors of a chunk's size.
-Where one chunk holds all tokens its log-probs are kept, and nothing is computed twice.
+Where one chunk holds all tokens its log-probs are kept, and no head runs twice.
 A head that is no plain linear layer (LoRA, quantised, sharded, partitioned) is called as a module under
 `torch.utils.checkpoint`, with autograd inside the chunk: the same values, more memory.
 """
@@ -26,6 +26,9 @@ from distill.lm_head import Head, log_softmax_, row_blocks, working_dtype
 from distill.objective import TokenTerms
 from distill.signal import Signal, parts
 from runtime.errors import TrainingError
+
+SMALL_ELEMENTS = 1 << 23
+"""Up to this many log-probs in one chunk autograd is left to itself: it keeps more and computes less."""
 
 
 def token_terms(
@@ -55,7 +58,8 @@ def token_terms(
             raise TrainingError(f"signal: {signal.tokens} places, the student has {len(hidden_th)}")
     plan = _Plan(head, target_t, teacher, reference, kind, alpha, vocab, chunk_tokens)
     linear = head.linear
-    if linear is None:
+    small = len(hidden_th) <= chunk_tokens and len(hidden_th) * vocab <= SMALL_ELEMENTS
+    if linear is None or small:
         values = _by_module(plan, hidden_th)
     else:
         values = _Chunked.apply(hidden_th, linear.weight, linear.bias, plan)

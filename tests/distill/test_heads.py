@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill import heads
 from distill.divergence import KINDS
 from distill.heads import token_terms
 from distill.objective import Objective, TokenTerms, dense_terms, masters
@@ -18,7 +19,15 @@ from tests.distill.loss_cases import case
 from tests.distill.peak import Peak
 
 T, H, V = 13, 5, 11
-CHUNKS = pytest.mark.parametrize("chunk", [4, 100], ids=["chunks", "one chunk"])
+CHUNKS = pytest.mark.parametrize("chunk", [4, 99, 100], ids=["chunks", "one chunk", "small"], indirect=True)
+
+
+@pytest.fixture
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tokens a chunk: several chunks, one that keeps its log-probs, or one small enough for autograd."""
+    if request.param != 100:
+        monkeypatch.setattr(heads, "SMALL_ELEMENTS", 0)
+    return int(request.param)
 
 
 class Wrapped(nn.Module):
