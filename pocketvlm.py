@@ -185,17 +185,18 @@ def plan(
         raise InputError(f"--strategy: got {strategy}, expected ddp or fsdp")
     _require("distill", DISTILL_NEEDS)
     found = _recipe(recipe, settings)
-    from distill import plan as planning
+    from distill import plan_tables
+    from distill.plan import plan as reckon
 
     with _progress("plan") as progress:
-        result = planning.plan(found, processes=processes, strategy=strategy, progress=progress)
+        result = reckon(found, processes=processes, strategy=strategy, progress=progress)
     if as_json:
         typer.echo(result.model_dump_json(indent=2))
         return
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    for table in planning.tables(result):
+    for table in plan_tables.tables(result):
         console.print(table)
     for note in result.notes:
         console.print(f"- {note}", soft_wrap=True)
