@@ -20,6 +20,7 @@ from distill import tree
 from distill.data import Sample, SampleError
 from distill.encoding import Encoder, Prompt
 from distill.features import encode_images
+from distill.probe import scorable
 from distill.sampling import Sampling
 from evals import chats
 from evals.client import Ask, Choice, Client, Messages, RequestRefused
@@ -170,6 +171,7 @@ class OpenAIEngine:
     has seeds per request (vLLM). Log-probs are taken as raw T = 1 ones, which is vLLM's default
     (`--logprobs-mode raw_logprobs`); for a server that scales them set `keep_log_probs=False`.
     The server builds the prompt with its own processor, from images of at most the encoder's `max_pixels`.
+    A response is cut before an image placeholder: what holds one could not be scored again.
     """
 
     repeatable = False
@@ -228,6 +230,12 @@ class OpenAIEngine:
         ids, log_probs = choice.token_ids, choice.log_probs if self.keep_log_probs else None
         if ids is None:
             ids, log_probs = self._tokenised(choice.text), None
+        cut = scorable(self.encoder.processor, ids)
+        if 0 < cut < len(ids):
+            log_probs = None if log_probs is None else log_probs[:cut]
+            return Drawn(ids[:cut], log_probs, False, choice.token_ids is None)
+        if cut == 0:
+            ids, log_probs = (), None
         ended = bool(ids) and ids[-1] in self.encoder.eos_ids
         if (choice.finish == "stop" and not ended) or not ids:  # the end token was generated but not told
             ids, log_probs = (*ids, self.encoder.response_ids("", end=True)[-1]), None

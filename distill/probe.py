@@ -45,12 +45,15 @@ class Proof:
     answers: tuple[Choice, ...]
 
 
-def questions() -> list[list[dict[str, Any]]]:
-    """Three chats; the first two ask the same about different images."""
-    asked = ((0, "Describe this picture."), (1, "Describe this picture."), (2, "What is in the corner?"))
+def questions(*, images: bool = True) -> list[list[dict[str, Any]]]:
+    """Three chats; the first two ask the same about different images. Without `images`, of text alone."""
+    if not images:
+        asked = ("Name three colors.", "What is a corner?", "Count from one to five.")
+        return [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in asked]
+    about = ((0, "Describe this picture."), (1, "Describe this picture."), (2, "What is in the corner?"))
     return [
         [{"role": "user", "content": [{"type": "image", "image": image(i)}, {"type": "text", "text": text}]}]
-        for i, text in asked
+        for i, text in about
     ]
 
 
@@ -71,20 +74,27 @@ def prove(
     *,
     record: Path | None = None,
     checkpoint: str = "",
+    images: bool = True,
     tolerance_nats: float = TOLERANCE_NATS,
 ) -> Proof:
     """Compare the server's answers with `model`'s, or without one with the file `record`.
 
+    `images=False` for a server that reads text alone, such as a judge.
+
     `record` is written at the first probe and compared with at the next ones, so a server that is started
     again in the middle of a stage must still be the same. Raises ServerError naming what differs.
     """
-    chats = questions()
+    chats = questions(images=images)
     ask = Ask(max_new_tokens=NEW_TOKENS, greedy=True, tokens=True)
     answers = [choices[0] for choices in _in_order(client, [(chat, ask) for chat in chats])]
-    _check_sees_images(client, answers)
+    if images:
+        _check_sees_images(client, answers)
     name = checkpoint or client.model
     if model is not None and processor is not None:
+        training = model.training
+        model.eval()
         compared = [_against(model, processor, *pair) for pair in zip(chats, answers, strict=True)]
+        model.train(training)
         worst, by = max(gap for gap, _ in compared), compared[0][1]
         wanted = "the checkpoint in this process"
     elif record is not None and record.exists():
@@ -124,19 +134,28 @@ def _against(
     model: PreTrainedModel, processor: ProcessorMixin, chat: list[dict[str, Any]], answer: Choice
 ) -> tuple[float, str]:
     """(mean nats by which server and checkpoint differ, compared by what) for one answer."""
-    if answer.token_ids and answer.log_probs:
-        log_prob_t, _ = score(model, processor, chat, answer.token_ids)
-        return float((log_prob_t - torch.tensor(answer.log_probs)).abs().mean()), "log-probs"
     tokenizer = cast(Any, processor).tokenizer
-    if answer.token_ids is None:
-        if _greedy(model, processor, chat) == answer.text:
-            return 0.0, "greedy text"
-        ids = tuple(tokenizer(answer.text, add_special_tokens=False)["input_ids"])
-    else:
-        ids = answer.token_ids
-    if not ids:
-        return float("inf"), "greedy text"
-    return float(score(model, processor, chat, ids)[1].mean()), "greedy text"
+    if answer.token_ids is None and _greedy(model, processor, chat) == answer.text:
+        return 0.0, "greedy text"
+    ids = answer.token_ids
+    if ids is None:
+        ids = tuple(tokenizer(answer.text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    ids = ids[: scorable(processor, ids)]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if not ids or max(ids) >= vocabulary:
+        return float("inf"), "token ids"
+    log_prob_t, gap_t = score(model, processor, chat, ids)
+    if answer.log_probs:
+        told_t = torch.tensor(answer.log_probs[: len(ids)])
+        return float((log_prob_t - told_t).abs().mean()), "log-probs"
+    return float(gap_t.mean()), "greedy text"
+
+
+def scorable(processor: ProcessorMixin, ids: Sequence[int]) -> int:
+    """How many leading tokens can be scored: all before the first placeholder of an image or a video."""
+    named = (getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video"))
+    placeholders = {token for token in named if token is not None}
+    return next((place for place, token in enumerate(ids) if token in placeholders), len(ids))
 
 
 @torch.no_grad()
@@ -190,17 +209,23 @@ def _read_record(path: Path) -> list[Choice]:
 
 
 def _against_record(answers: Sequence[Choice], recorded: Sequence[Choice]) -> float:
-    """Mean difference of the log-probs in nats, the largest of all answers; infinite where texts part.
+    """Mean difference of the log-probs in nats, the largest of all answers; infinite where answers part.
 
-    Tokens are compared as far as they are the same; an answer whose first tokens differ is another model's.
+    Tokens are compared as far as they are the same; an answer whose first token differs is another model's.
+    Without log-probs most of the texts must be the same: rounding may tip one.
     """
-    worst = 0.0
-    for now, then in zip(answers, recorded, strict=True):
-        if now.log_probs and then.log_probs and now.token_ids and then.token_ids:
-            pairs = list(zip(now.token_ids, then.token_ids, strict=False))
-            same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-            gaps = [abs(a - b) for a, b in zip(now.log_probs[:same], then.log_probs[:same], strict=True)]
-            worst = max(worst, float(np.mean(gaps)) if gaps else float("inf"))
-        elif now.text != then.text:
-            worst = float("inf")
-    return worst
+    pairs = list(zip(answers, recorded, strict=True))
+    if not all(choice.log_probs and choice.token_ids for pair in pairs for choice in pair):
+        return 0.0 if 2 * sum(now.text == then.text for now, then in pairs) > len(pairs) else float("inf")
+    return max(_gap(now, then) for now, then in pairs)
+
+
+def _gap(now: Choice, then: Choice) -> float:
+    gaps = []
+    here = zip(now.token_ids or (), now.log_probs or (), strict=True)
+    there = zip(then.token_ids or (), then.log_probs or (), strict=True)
+    for (token, log_prob), (before, log_prob_before) in zip(here, there, strict=False):
+        if token != before:
+            break
+        gaps.append(abs(log_prob - log_prob_before))
+    return float(np.mean(gaps)) if gaps else float("inf")

@@ -122,11 +122,12 @@ class Server:
         processor: ProcessorMixin | None = None,
         *,
         record: Path | None = None,
+        images: bool = True,
     ) -> Proof:
         """Prove that the served weights are `model`'s, or those that `record` remembers (see probe.py)."""
         from distill import probe
 
-        return probe.prove(client, model, processor, record=record, checkpoint=self.checkpoint)
+        return probe.prove(client, model, processor, record=record, checkpoint=self.checkpoint, images=images)
 
     def stop(self) -> None:
         """TERM, then KILL, for the whole process group. Safe to call twice, and in every state."""

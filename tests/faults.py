@@ -11,8 +11,10 @@ import http.client
 import json
 import socket
 import struct
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,7 +75,9 @@ class FaultServer:
             daemon_threads = True
 
             def handle_error(self, *_: Any) -> None:
-                """Broken connections are what this server is for."""
+                """Broken connections are what this server is for; other errors are a test's fault."""
+                if not isinstance(sys.exc_info()[1], ConnectionError):
+                    traceback.print_exc()
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)

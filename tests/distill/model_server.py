@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from tests.faults import Answer, completion
 def vllm_answers(model: Any, processor: Any) -> Answer:
     """Chat completions with `n`, seeds, `token_ids` and raw log-probs of every token."""
 
-    @torch.no_grad()
+    one_at_a_time = threading.Lock()
+
     def answer(body: dict[str, Any]) -> dict[str, Any]:
+        with one_at_a_time, torch.no_grad():
+            return alone(body)
+
+    def alone(body: dict[str, Any]) -> dict[str, Any]:
         inputs = processor.apply_chat_template(
             [{**turn, "content": [_part(part) for part in turn["content"]]} for turn in body["messages"]],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -31,7 +37,8 @@ def vllm_answers(model: Any, processor: Any) -> Answer:
             how = {"do_sample": True, "temperature": body["temperature"], "top_p": body["top_p"]}
             how.update(top_k=max(body["top_k"], 0), repetition_penalty=body["repetition_penalty"])
         count, start = body["n"], inputs["input_ids"].shape[1]
-        drawn = model.generate(**inputs, num_return_sequences=count, max_new_tokens=body["max_tokens"], **how)
+        how.update(num_return_sequences=count, suppress_tokens=[processor.image_token_id])
+        drawn = model.generate(**inputs, max_new_tokens=body["max_tokens"], **how)
         choices = [_choice(model, processor.tokenizer, inputs, row[start:].tolist()) for row in drawn]
         whole = completion([choice.pop("text") for choice in choices])
         for told, choice in zip(whole["choices"], choices, strict=True):
@@ -53,7 +60,10 @@ def _choice(model: Any, tokenizer: Any, inputs: Any, ids: list[int]) -> dict[str
     finished = end in ids
     ids = ids[: ids.index(end) + 1] if finished else ids
     whole = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
-    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    for key, value in rest.items():
+        if key.endswith("token_type_ids"):
+            rest[key] = torch.cat([value, torch.zeros(1, len(ids), dtype=value.dtype)], 1)
     logits = model(input_ids=whole, attention_mask=torch.ones_like(whole), **rest).logits[0]
     log_probs = logits.log_softmax(-1)[len(whole[0]) - len(ids) - 1 : -1]
     content = [

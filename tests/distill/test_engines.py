@@ -207,6 +207,25 @@ def test_ids_without_the_end_token(encoder: Encoder) -> None:
     assert engine._drawn(Choice("a", "length", (5,), (-1.0,))).log_probs is None
 
 
+def test_an_image_placeholder_that_a_server_drew(encoder: Encoder) -> None:
+    engine = OpenAIEngine(Client("http://x/v1", "m"), encoder)
+    image, end = encoder.processor.image_token_id, encoder.eos_ids[0]
+    drawn = engine._drawn(Choice("a", "stop", (5, 6, image, end), (-1.0, -2.0, -3.0, -4.0)))
+    assert drawn == Drawn((5, 6), (-1.0, -2.0), False)
+    assert image not in engine._drawn(Choice("", "stop", (image, end), (-1.0, -2.0))).ids
+
+
+def test_questions_without_images(engine: HfEngine, client: Client, encoder: Encoder) -> None:
+    texts = [
+        Sample(f"t{i}", ({"role": "user", "content": [{"type": "text", "text": t}]},))
+        for i, t in enumerate("ab")
+    ]
+    greedy = Sampling(max_new_tokens=4, greedy=True)
+    found = engine.draw([texts[0], *samples()[:1], texts[1]], 2, greedy, seed=1)
+    assert [len(some) for some in found] == [2, 2, 2]
+    assert OpenAIEngine(client, encoder).draw(texts, 1, greedy, seed=1)[1][0].ids == found[2][0].ids
+
+
 def test_a_sample_that_a_server_refuses(served: FaultServer, client: Client, encoder: Encoder) -> None:
     engine = OpenAIEngine(client, encoder)
     engine.draw(samples()[:1], 1, SAMPLING, 1)
@@ -234,6 +253,30 @@ def test_images_are_scaled_as_in_this_process(served: FaultServer, client: Clien
 def test_the_right_weights_are_proved_by_log_probs(client: Client, tiny_model: Any, processor: Any) -> None:
     proof = probe.prove(client, tiny_model, processor)
     assert proof.by == "log-probs" and proof.gap_nats < 1e-3 and len(proof.answers) == 3
+
+
+def test_a_server_of_text_alone(client: Client, served: FaultServer, tiny_model: Any, processor: Any) -> None:
+    tiny_model.train()
+    assert probe.prove(client, tiny_model, processor, images=False).gap_nats < 1e-3
+    assert tiny_model.training
+    sent = [part for body in served.bodies for part in body["messages"][0]["content"]]
+    assert {part["type"] for part in sent} == {"text"}
+
+
+def test_a_model_of_another_vocabulary_is_caught(
+    client: Client, served: FaultServer, tiny_model: Any, processor: Any
+) -> None:
+    served.answer = lambda body: completion(["x"], token_ids=[10**6])
+    with pytest.raises(ServerError, match=r"compared by token ids"):
+        probe.prove(client, tiny_model, processor)
+
+
+def test_a_record_of_text_alone_forgives_one_tipped_answer(tmp_path: Any) -> None:
+    def said(*texts: str) -> list[Choice]:
+        return [Choice(text, "stop") for text in texts]
+
+    assert probe._against_record(said("a", "b", "c"), said("a", "b", "x")) == 0.0
+    assert probe._against_record(said("a", "b", "c"), said("a", "y", "x")) == float("inf")
 
 
 def test_weights_that_differ_a_little_are_caught(client: Client, tiny_model: Any, processor: Any) -> None:
