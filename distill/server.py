@@ -132,6 +132,7 @@ class Server:
     def stop(self) -> None:
         """TERM, then KILL, for the whole process group. Safe to call twice, and in every state."""
         process, self._process = self._process, None
+        below: list[psutil.Process] = []
         if process is None:
             return
         with contextlib.suppress(psutil.Error):
