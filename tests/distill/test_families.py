@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from distill import sharing, tree
+from distill import layout, sharing, tree
 from distill.encoding import Encoder
 from distill.sampling import Sampling
 from distill.sampling import sample as draw
@@ -438,6 +438,19 @@ def test_a_cache_without_gradients_is_found(family: Family, monkeypatch: pytest.
     mode, reason = sharing.choose(model, family.encoder, family.rows[0])
     assert mode == "naive" and "prefix: gradients differ" in reason
     assert sharing.choose(model, family.encoder, family.rows[0], gradients=False)[0] == "prefix"
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"], indirect=True)
+def test_branches_that_start_wrong_are_found(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting tokens instead of positions: only the model's own positions pass the probe."""
+    before = layout._prompt_positions
+
+    def counted(model: Any, prompts: Any) -> Any:
+        return before(model, prompts)[0], [len(prompt.ids) for prompt in prompts]
+
+    monkeypatch.setattr(layout, "_prompt_positions", counted)
+    mode, reason = sharing.choose(family.model(), family.encoder, family.rows[0])
+    assert mode == "naive" and reason.count("differ from separate sequences") == 2
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
