@@ -27,7 +27,7 @@ from distill.masking import maskable
 from distill.optim import Optimizing, build, parts
 from distill.processes import block_classes
 from distill.recipe import Hf, ModelJudge, OpenAI, Recipe, Teacher
-from distill.student import plain
+from distill.student import plain, vision_parameters
 from distill.symbolic import Beside, Step
 from runtime.errors import InputError
 
@@ -132,9 +132,10 @@ def plan(
 
 @dataclass(frozen=True)
 class _Asked:
-    """How many questions there are, and how long prompts and responses are."""
+    """How many questions there are, how many without a label, how long prompts and responses are."""
 
     questions: int
+    unlabelled: int
     known: bool
     prompt: Prompt  # of mean length
     longest: Prompt
@@ -157,8 +158,10 @@ class _Asked:
             data = open_data(recipe.data.train, seed=recipe.seed)
             prompts = _looked_at(data, encoder)
             count, known = len(data), True
+            sizes = [len(part) for part in data.parts]
         except InputError as error:
             prompts, known, count = [], False, stated.questions or 1000
+            sizes = [count // len(recipe.data.train)] * len(recipe.data.train)
             notes.append(f"the data cannot be read yet ({error}); reckoned with {count} questions")
         if not prompts:
             notes.append("prompts are reckoned with throughput.mean_prompt_tokens and pixels_per_image")
@@ -168,7 +171,12 @@ class _Asked:
                 )
             ]
         prompts.sort(key=lambda prompt: len(prompt.ids))
-        return cls(count, known, prompts[len(prompts) // 2], prompts[-1], length, tuple(notes))
+        labels = [source.labels for source in recipe.data.train]
+        hidden = sum(
+            0 if kept == "all" else size if kept == "none" else max(0, size - int(kept))
+            for kept, size in zip(labels, sizes, strict=True)
+        )
+        return cls(count, hidden, known, prompts[len(prompts) // 2], prompts[-1], length, tuple(notes))
 
 
 def _looked_at(data: Dataset, encoder: Encoder) -> list[Prompt]:
@@ -357,7 +365,7 @@ class _MemoryPlan:
                 alpha=switches.alpha,
                 reference_by_adapters=models.reference_by_adapters,
                 accumulates=self.accumulates,
-                cached_features="vision" in train.freeze or train.lora is not None,
+                cached_features=not any(p.requires_grad for p in vision_parameters(plain(models.student))),
             )
         )
         if found is None:
@@ -402,7 +410,7 @@ class _MemoryPlan:
                 found.append(self._drawer(name, model, pool.engine, pool.teacher_responses, kept))
         if isinstance(pool.engine_of_student, Hf) and pool.student_responses:
             rest = Amount(
-                what="gradients and optimizer states",
+                what="optimizer states",
                 bytes=self.models.state_bytes // (self.processes if self.sharded else 1),
             )
             bare = plain(self.models.student)
@@ -467,7 +475,6 @@ def _disk(recipe: Recipe, models: _Models, asked: _Asked) -> tuple[Amount, ...]:
 def _work(recipe: Recipe, asked: _Asked, devices: int) -> tuple[Work, ...]:
     pool, stated = recipe.pool, recipe.throughput
     length, questions = asked.response_tokens, asked.questions
-    hidden = sum(1 for source in recipe.data.train if source.labels != "all") / len(recipe.data.train)
     masked = any(teacher.mask and teacher.mask.largest for teacher in recipe.teachers)
     gate = sum(
         len(teacher.mask.gate.ratios) * teacher.mask.gate.samples
@@ -481,7 +488,7 @@ def _work(recipe: Recipe, asked: _Asked, devices: int) -> tuple[Work, ...]:
         ("pool: teachers answer", questions * pool.teacher_responses * length, by_teacher),
         (
             "pool: pseudo labels of the full teacher (at most)",
-            int(hidden * questions) * pool.teacher_responses * length if masked else 0,
+            asked.unlabelled * pool.teacher_responses * length if masked else 0,
             by_teacher,
         ),
         (

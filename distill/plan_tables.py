@@ -1,4 +1,7 @@
-"""A plan as tables for people. In: a `Plan`. Out: rich tables. Not here: any reckoning (`distill/plan.py`)."""
+"""A plan as tables for people.
+
+In: a `Plan`. Out: rich tables. Not here: any reckoning (`distill/plan.py`).
+"""
 
 from __future__ import annotations
 

@@ -79,6 +79,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) ->
     """A frozen model of this configuration whose tensors have no values."""
     with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model.tie_weights()
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 

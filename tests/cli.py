@@ -10,7 +10,7 @@ from typing import Any
 import pocketvlm
 
 ROOT = Path(pocketvlm.__file__).parent
-PROGRESS = ("export: ", "bench: ")
+PROGRESS = ("export: ", "bench: ", "plan: ")
 
 
 def call(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
