@@ -472,7 +472,7 @@ def _print_bench(measured: Sequence[Measured], image: Path, question: str) -> No
 """,
 )
 def judge_audit(
-    rows: Annotated[Path, typer.Argument(help="JSON lines: response, verdict, label, length, source, ...")],
+    rows: Annotated[Path, typer.Argument(help="JSON lines: question, reference, response, verdict, label.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Compare a judge's verdicts with labels: agreement, kappa, bias by length, option letter and source.

@@ -60,7 +60,15 @@ def test_plan_prints_tables_or_json(recipe: Path) -> None:
 def test_judge_audit_says_what_it_found(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [
-        {"id": str(i), "response": "yes" * (1 + i % 7), "verdict": i % 2, "label": i % 2, "source": "teacher"}
+        {
+            "id": str(i),
+            "question": f"what is {i}?",
+            "reference": "yes",
+            "response": "yes " * (1 + i % 7),
+            "verdict": i % 2,
+            "label": i % 2,
+            "source": "teacher",
+        }
         for i in range(200)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
