@@ -52,6 +52,7 @@ def materialised(
     source: str,
     *,
     shard_bytes: int = SHARD_BYTES,
+    alone: bool = False,
 ) -> Iterator[Materialised]:
     """The model under `masker` as a checkpoint at `directory`, for the length of a `with` block.
 
@@ -64,12 +65,16 @@ def materialised(
     """
     sparsity = masker.sparsity
     wanted = {"source": source, "ratio": masker.ratio, "sparsity": sparsity}
-    if not _agreed(_is_whole(directory, wanted) if _is_first() else False):
+    whole = _is_whole(directory, wanted) if _is_first() else False
+    if not (whole if alone else _agreed(whole)):
         _write(masker.model, processor, directory, wanted, shard_bytes)
+        if not alone:
+            _barrier()
     record = files.read_json(directory / RECORD)
     try:
         yield Materialised(directory, masker.ratio, sparsity, record["sha256"])
-        _barrier()
+        if not alone:
+            _barrier()
     finally:
         if _is_first():
             shutil.rmtree(directory, ignore_errors=True)
@@ -96,7 +101,7 @@ def _write(
     if not _is_first():
         for _ in _tensors(model):
             pass
-        return _barrier()
+        return
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     directory.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory.parent).free
@@ -114,7 +119,6 @@ def _write(
             files.write_json(temporary / RECORD, record)
     except OSError as error:
         raise StateError(f"{directory}: cannot be written ({error}); make room and run again") from error
-    return _barrier()
 
 
 def _write_config(model: PreTrainedModel, directory: Path) -> None:

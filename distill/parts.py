@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -16,14 +16,24 @@ from transformers import PreTrainedModel
 from distill import heads, objective, throughput, tree
 from distill.batches import Item
 from distill.learner import Context, FrozenModel
-from distill.signal import Mixture, Signal
+from distill.signal import Mixture, Signal, even_weights
+
+
+class Kept(Protocol):
+    """Teachers whose signal was computed before (`distill/kept_signal.py`)."""
+
+    @property
+    def weights(self) -> Sequence[float]: ...
+
+    def signal(self, items: Sequence[Item], weights: Sequence[float], device: torch.device) -> Signal: ...
 
 
 class PoolPart:
     """A micro-batch of the pool: `part(student)` is its share of Masters' loss (METHOD 5).
 
     `totals` are the whole step's: `weight` the objective's normaliser, `responses` and `groups` what figures
-    are means over. Every figure adds up over the parts of all processes.
+    are means over. Every figure adds up over the parts of all processes. `kept` stands for the teachers where
+    their signal is on disk; a teacher of weight 0 is not run.
     """
 
     terms: tuple[str, ...] = ("rl", "divergence", "reference", "likelihood")
@@ -35,10 +45,10 @@ class PoolPart:
         teachers: Sequence[FrozenModel],
         weights: Sequence[float],
         totals: Totals,
-        cached: Signal | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.context, self.rows, self.teachers, self.totals = context, rows, teachers, totals
-        self.weights, self.cached = weights, cached
+        self.weights, self.kept = weights, kept
         self.items = [item for row in rows for item in row]
 
     def __call__(self, student: PreTrainedModel, only: str | None = None) -> tuple[torch.Tensor, Any]:
@@ -65,18 +75,17 @@ class PoolPart:
         return found.total, self._figures(found, student, batch)
 
     def _teacher(self, device: torch.device, tokens: int) -> Signal | None:
-        if self.cached is not None:
-            return self.cached
-        if not self.teachers or not self.context.switches.needs_teacher:
+        if not self.context.switches.needs_teacher:
             return None
+        if self.kept is not None:
+            return self.kept.signal(self.items, self.weights, device)
+        taught = [n for n, weight in enumerate(self.weights) if weight or len(self.teachers) == 1]
         signals = tuple(
-            teacher.signal(rows_for(self.rows, number + 1), self.context.encoder.pad_id)
-            for number, teacher in enumerate(self.teachers)
+            self.teachers[n].signal(rows_for(self.rows, n + 1), self.context.encoder.pad_id) for n in taught
         )
-        if len(signals) == 1:
-            return signals[0]
-        weights = torch.tensor(self.weights, device=device)
-        return Mixture(signals, (weights / weights.sum())[:, None].expand(-1, tokens))
+        if len(signals) < 2:
+            return signals[0] if signals else None
+        return Mixture(signals, even_weights([self.weights[n] for n in taught], tokens).to(device))
 
     def _batch(self, packed: tree.Batch) -> objective.Batch:
         """Rewards and counts, in the order of the packed responses."""

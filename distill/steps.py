@@ -27,12 +27,12 @@ from distill import batches, objective, processes, tree
 from distill.batches import Item, Question, Scored
 from distill.learner import Context, FrozenModel
 from distill.mu import stage_start_mu
-from distill.parts import LabelPart, PoolPart, Totals
+from distill.parts import Kept, LabelPart, PoolPart, Totals
 from runtime.errors import InputError
 
 __all__ = ["LabelSteps", "Phase", "PoolSteps", "Question", "Scored"]
 Load = Callable[[int, PreTrainedModel], Sequence[Question]]
-Enter = Callable[[int], "FrozenModel | Sequence[FrozenModel] | None"]
+Enter = Callable[[int], "FrozenModel | Sequence[FrozenModel] | Kept | None"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,8 @@ class PoolSteps(_Schedule):
     `load(phase, student)` gives a phase's questions with scored responses, in an order of its own that is the
     same everywhere; it may draw from the student, which is the phase's starting one when it is first called;
     what it draws must be on disk when it returns. It is called in every process. `enter(phase)` gives the
-    teacher (or several that act at once) under the phase's mask, or None where no term needs one.
+    teacher (or several that act at once) under the phase's mask, their signal on disk, or None where no term
+    needs one.
     `teacher_weights(step)` weighs several teachers; default, their own weights.
     `directory` keeps log-probs (mu) that responses came without: recomputed once by the stage-start student.
     """
@@ -242,6 +243,7 @@ class PoolSteps(_Schedule):
         )
         self.load, self.enter_teacher, self.directory = load, enter, directory
         self.teacher_weights = teacher_weights
+        self.kept: Kept | None = None
         self._mu: dict[tuple[int, int], tuple[float, ...]] = {}
 
     def prepare(self, student: PreTrainedModel, step: int) -> None:
@@ -250,9 +252,13 @@ class PoolSteps(_Schedule):
         self.student = student
         if number == self.phase:
             return
+        self.teachers, self.kept, self._next = (), None, None  # the last phase's models may go
         questions = self.load(number, student)
         entered = self.enter_teacher(number)
-        self.teachers = _listed(entered)
+        if entered is None or isinstance(entered, (FrozenModel, Sequence)):
+            self.teachers = _listed(entered)
+        else:
+            self.kept = entered
         for teacher in self.teachers:
             teacher.held.reshard()
         self.enter(number, questions)
@@ -276,10 +282,13 @@ class PoolSteps(_Schedule):
     def parts(self, step: int) -> Sequence[PoolPart]:
         totals = self.totals(step)
         weights = [teacher.weight for teacher in self.teachers]
+        if self.kept is not None:
+            weights = list(self.kept.weights)
         if self.teacher_weights is not None:
             weights = list(self.teacher_weights(step))
         return [
-            PoolPart(self.context, rows, self.teachers, weights, totals) for rows in self.micro_batches(step)
+            PoolPart(self.context, rows, self.teachers, weights, totals, self.kept)
+            for rows in self.micro_batches(step)
         ]
 
 
