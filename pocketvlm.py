@@ -207,7 +207,7 @@ def plan(
 
     pocketvlm ablate digits --out runs/ablation
 
-    pocketvlm ablate digits --set train.passes=2 --json
+    pocketvlm ablate digits --experiment masking --experiment rewards --seeds 3 --json
 """
 )
 def ablate(
@@ -216,6 +216,11 @@ def ablate(
         Path | None, typer.Option(help="Where runs and report go; the same directory resumes.")
     ] = None,
     settings: SetOption = None,
+    experiment: Annotated[
+        list[str] | None, typer.Option(help="Only this experiment; may be repeated. Default: all.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Seeds of the main comparisons.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs side by side; default: cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Run the method's first experiments from one recipe, over seeds; the report's path goes to stdout."""
@@ -225,8 +230,13 @@ def ablate(
 
     from distill import ablate as experiments
 
+    wanted = tuple(experiment or experiments.EXPERIMENTS)
+    for name in wanted:
+        if name not in experiments.EXPERIMENTS:
+            raise InputError(f"--experiment {name}: expected {', '.join(experiments.EXPERIMENTS)}")
     target = out or Path("runs") / f"{plan.name}-ablation"
-    found = experiments.run(plan, target, console=Console(stderr=True))
+    console = Console(stderr=True)
+    found = experiments.run(plan, target, console=console, experiments=wanted, seeds=seeds, workers=workers)
     typer.echo(json.dumps({"report": str(found), "out": str(target)}) if as_json else found)
 
 

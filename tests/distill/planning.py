@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 
 from distill.data import Sample
 from distill.encoding import Encoder, Prompt
-from distill.plan import blank_prompt
+from distill.plan_data import blank_prompt
 from distill.recipe import Recipe
 
 

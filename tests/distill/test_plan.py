@@ -124,7 +124,15 @@ def test_checkpointing_and_smaller_batches_take_less(
     half = plan.plan(small(models, tmp_path, train__tokens_per_device=1))
     assert part(again, "activations") < part(whole, "activations") / 2
     assert part(half, "activations") == pytest.approx(part(whole, "activations") / 2, rel=0.02)
-    assert any("a micro-batch holds one question" in note for note in half.notes)
+    assert any("a micro-batch holds one row" in note for note in half.notes)
+
+
+def test_questions_about_one_image_share_it(models: dict[str, tuple[str, str]], tmp_path: Path) -> None:
+    """Four questions in two rows of two: fewer tokens than in four rows, and still a batch that packs."""
+    case = {"train__questions_per_step": 4, "train__tokens_per_device": 4096}
+    apart = plan.plan(small(models, tmp_path, **case))
+    shared = plan.plan(small(models, tmp_path, **case, data__together=2))
+    assert 0 < part(shared, "activations") < part(apart, "activations")
 
 
 def test_processes_share_what_fsdp_shards(models: dict[str, tuple[str, str]], tmp_path: Path) -> None:
