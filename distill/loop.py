@@ -189,6 +189,8 @@ class _Run:
         self.settings, self.directory, self.accelerator, self.seed = settings, directory, accelerator, seed
         self.model = model
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.deepspeed:  # it clips by itself
+            accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = settings.clip
         self.learner: nn.Module
         self.learner, self.optimizer = accelerator.prepare(Learner(model), optim.build(model, settings))
         self.meter = Meter(

@@ -6,8 +6,9 @@ calls together. Not here: the loop, what is computed.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -53,6 +54,12 @@ def accelerator(
             InitProcessGroupKwargs(timeout=timedelta(hours=TIMEOUT_HOURS)),
         ],
     )
+    if deepspeed:
+        config = found.state.deepspeed_plugin.deepspeed_config
+        # micro-batches are ours; the loss needs no division by their number
+        config.update({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+        config.setdefault("zero_allow_untested_optimizer", True)
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and found.distributed_type == DistributedType.MULTI_CPU:
         plugin = FullyShardedDataParallelPlugin()
@@ -94,6 +101,9 @@ def whole(accelerator: Accelerator, learner: nn.Module, call: Callable[[Any], T]
     inner = accelerator.unwrap_model(learner, keep_torch_compile=False)
     shards = [module for module in inner.modules() if isinstance(module, FSDPModule)]
     with torch.no_grad():
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            with _gathered(learner, inner):
+                return inner(call)
         if not shards:
             return inner(call)
         inner(lambda student: None)  # the first call of all sets the shards' root up
@@ -109,6 +119,21 @@ def whole(accelerator: Accelerator, learner: nn.Module, call: Callable[[Any], T]
             root.set_reshard_after_forward(False, recurse=False)
             for module in shards:
                 module.reshard()
+
+
+@contextlib.contextmanager
+def _gathered(engine: Any, inner: nn.Module) -> Iterator[None]:
+    """ZeRO-3's parameters as a whole, and none of the hooks that fetch and release them together."""
+    import deepspeed
+
+    offload = engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(list(inner.parameters())):
+        offload._remove_module_hooks()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload.setup_zero_stage3_hooks()
 
 
 class Held(nn.Module):

@@ -31,9 +31,11 @@ def vision_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in others]
 
 
-def freeze(model: PreTrainedModel, kinds: Sequence[str]) -> None:
+def freeze(model: Any, kinds: Sequence[str]) -> None:
     """Stop training parts of a student: `vision` (encoder and projector), `embeddings` (with a head that is
-    tied to them), `language` (the decoder). Raises InputError for another name."""
+    tied to them), `language` (the decoder); with LoRA their adapters, so it comes after `with_lora`.
+    Raises InputError for another name."""
+    model = plain(model)
     embeddings = list(model.get_input_embeddings().parameters())
     known = {
         VISION: vision_parameters(model),
@@ -61,7 +63,7 @@ def with_lora(model: PreTrainedModel, rank: int, alpha: float, targets: str | Se
 
 def checkpointed(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass. Hugging Face then keeps no cache: the tree needs none."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-ADAM = 2e-2
+ADAM = 5e-3
 """Adam divides by the gradient's size: where that is rounding, so is the update."""
 WAYS = {"ddp": DDP, "fsdp2": FSDP2}
 
@@ -121,7 +121,7 @@ def test_training_in_two_processes(
         for name in other.keys() - {"input_tokens"}:
             near = 0.2 if name.startswith("grad_share") else 1e-3  # shares: of the first micro-batches
             assert mine[name] == pytest.approx(other[name], rel=near, abs=near / 10), name
-    assert two["drawn"] == pytest.approx(single["drawn"], rel=1e-5)
+    assert two["drawn"] == pytest.approx(single["drawn"], rel=1e-4)
     loaded = checkpoints.AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
     for name, value in two["weights"].items():
         assert torch.equal(loaded[name], value), name
@@ -140,6 +140,7 @@ def test_a_state_goes_on_in_another_number_of_processes(
     assert [entry["step"] for entry in found["log"]] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_in_two_processes(smol: dict[str, str], tmp_path: Path, way: str) -> None:
     """On the same topology the weights are the same bit for bit."""
