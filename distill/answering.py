@@ -1,8 +1,9 @@
 """Who answers and who judges in a stage: a model of this process, or a server as long as the stage lasts.
 
 In: models, a recipe's engine. Out: an `Engine` for a teacher under its mask, or for the student as it is.
-A server serves a directory: a masked teacher or the student of a stage is written for it and deleted after
-it. With a server only the main process asks; the others get None and wait.
+A server serves a directory: a masked teacher (from the CPU) or the student of a stage is written for it and
+deleted after it; no teacher is on a device of this process meanwhile. With a server only the main process
+asks; the others get None and wait.
 Not here: keeping what is answered (`distill/shards.py`), what a judge is asked (`evals/judge.py`).
 """
 
@@ -11,17 +12,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from distill import checkpoints, probe
 from distill.encoding import Encoder
 from distill.engines import Engine, HfEngine, OpenAIEngine
 from distill.judging import Judges, Rule, in_process, served
 from distill.materialised import materialised
-from distill.models import Models
+from distill.models import Models, Whole
 from distill.recipe import ModelJudge, OpenAI, Recipe, Served
 from distill.server import Server
 from evals.client import Client
@@ -30,6 +33,7 @@ from runtime import files
 from runtime.errors import InputError, StateError
 
 Say = Callable[[str], None]
+SERVED = "served-"
 
 
 class Answering:
@@ -41,6 +45,9 @@ class Answering:
         self.plan, self.models, self.accelerator = plan, models, accelerator
         self.directory, self.say = directory, say
 
+    sparsity = 0.0
+    """Zeros measured in the teacher that was opened last; known to the main process."""
+
     @contextlib.contextmanager
     def teacher(self, number: int, ratio: float) -> Iterator[Engine | None]:
         """Teacher `number` under a mask of `ratio`."""
@@ -48,30 +55,33 @@ class Answering:
         if not isinstance(settings, OpenAI):
             whole = self.models.whole(number)
             model = whole.at(ratio)
+            self.sparsity = _sparsity(whole, ratio)
             yield HfEngine(model, whole.encoder, rows_per_batch=settings.rows, sharing=whole.sharing)
             return
-        teacher = self.plan.teachers[number]
-        name = f"teacher-{number}-{ratio:g}"
+        self.models.free_devices()
+        if not self.accelerator.is_main_process:
+            yield None
+            return
+        teacher, name, proof = self.plan.teachers[number], f"teacher-{number}-{ratio:g}", None
+        checkpoint, self.sparsity = teacher.checkpoint, 0.0
         with contextlib.ExitStack() as stack:
-            checkpoint = teacher.checkpoint
-            if ratio and settings.command is not None:  # every process takes part in writing it
-                checkpoint = str(stack.enter_context(self._masked(number, ratio, name)))
-            if not self.accelerator.is_main_process:
-                yield None
-                return
-            client = stack.enter_context(self.served(settings, checkpoint, name))
+            if ratio and settings.command is not None:
+                whole = self.models.whole(number, on_cpu=True)
+                whole.at(ratio)
+                self.sparsity = _sparsity(whole, ratio)
+                checkpoint = str(stack.enter_context(self._masked(whole, ratio, name)))
+                proof = Proof(whole.model, whole.encoder)
+            client = stack.enter_context(self.served(settings, checkpoint, name, proof))
             yield OpenAIEngine(client, self.models.reader(teacher))
 
     @contextlib.contextmanager
-    def _masked(self, number: int, ratio: float, name: str) -> Iterator[Path]:
+    def _masked(self, whole: Whole, ratio: float, name: str) -> Iterator[Path]:
         """A masked teacher as a checkpoint directory, for as long as it is served."""
-        whole = self.models.whole(number)
-        whole.at(ratio)
         assert whole.masker is not None
-        self.say(f"writing teacher {number} at mask ratio {ratio:g} for its server")
-        source = f"{self.plan.teachers[number].checkpoint} {self.models.identity(number)}"
-        directory = self.directory / f"served-{name}"
-        with materialised(whole.masker, whole.encoder.processor, directory, source) as found:
+        self.say(f"writing teacher {whole.number} at mask ratio {ratio:g} for its server")
+        source = f"{self.plan.teachers[whole.number].checkpoint} {self.models.identity(whole.number)}"
+        directory = self.directory / f"{SERVED}{name}"
+        with materialised(whole.masker, whole.encoder.processor, directory, source, alone=True) as found:
             yield found.path
 
     @contextlib.contextmanager
@@ -82,34 +92,37 @@ class Answering:
         if not isinstance(settings, OpenAI):
             yield HfEngine(model, encoder, rows_per_batch=settings.rows, sharing=mode)
             return
+        self.models.free_devices()
         if not self.accelerator.is_main_process:
             yield None
             return
-        if settings.command is None:
-            with self.served(settings, self.plan.student.checkpoint, name, proof=model) as client:
-                yield OpenAIEngine(client, encoder)
-            return
-        with (
-            self._written(model, encoder, name) as directory,
-            self.served(settings, str(directory), name, proof=model) as client,
-        ):
+        with contextlib.ExitStack() as stack:
+            checkpoint = self.plan.student.checkpoint
+            if settings.command is not None:
+                checkpoint = str(stack.enter_context(self._written(model, encoder, name)))
+            client = stack.enter_context(self.served(settings, checkpoint, name, Proof(model, encoder)))
             yield OpenAIEngine(client, encoder)
 
     @contextlib.contextmanager
     def _written(self, model: PreTrainedModel, encoder: Encoder, name: str) -> Iterator[Path]:
         """The student as a checkpoint directory, for as long as it is served."""
-        directory = self.directory / f"served-{name}"
+        directory = self.directory / f"{SERVED}{name}"
         with files.new_directory(directory) as temporary:
-            model.save_pretrained(temporary)
+            checkpoints.without_adapters(model).save_pretrained(temporary)
             encoder.processor.save_pretrained(temporary)
         try:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
+    def forget_served(self) -> None:
+        """Delete weights that a killed run had written for a server."""
+        for left in self.directory.glob(f"{SERVED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
     @contextlib.contextmanager
     def served(
-        self, settings: Served, checkpoint: str, name: str, proof: PreTrainedModel | None = None
+        self, settings: Served, checkpoint: str, name: str, proof: Proof | None = None, *, images: bool = True
     ) -> Iterator[Client]:
         """A client of a server of `checkpoint`: started here and stopped at the end, or one that runs at
         `url`; after a proof that it serves what it should (`distill/probe.py`)."""
@@ -118,23 +131,32 @@ class Answering:
             "retries": settings.retries,
             "concurrency": settings.concurrency,
         }
-        record = self.directory / f"probe-{name}.json"
-        processor = self.models.encoder.processor if proof is not None else None
-        if settings.command is None:
-            from distill import probe
-
-            with Client(settings.url or "", settings.model or checkpoint, **options) as client:
-                probe.prove(client, proof, processor, record=record, checkpoint=checkpoint)
-                yield client
-            return
-        log = self.directory / f"server-{name}.log"
-        with (
-            Server(settings.command, checkpoint, log, model=settings.model, say=self.say) as server,
-            server.client(**options) as client,
-        ):
-            server.probe(client, proof, processor, record=record)
-            self.say(f"serving {name} at {server.base_url}, log {log}")
+        with contextlib.ExitStack() as stack:
+            if settings.command is None:
+                client = Client(settings.url or "", settings.model or checkpoint, **options)
+                stack.enter_context(client)
+            else:
+                log = self.directory / f"server-{name}.log"
+                server = Server(settings.command, checkpoint, log, model=settings.model, say=self.say)
+                stack.enter_context(server)
+                client = stack.enter_context(server.client(**options))
+                self.say(f"serving {name} at {server.base_url}, log {log}")
+            model, processor = (None, None) if proof is None else (proof.model, proof.encoder.processor)
+            record = self.directory / f"probe-{name}.json"
+            probe.prove(client, model, processor, record=record, checkpoint=checkpoint, images=images)
             yield client
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A model of this process whose weights a server must serve, and how it reads prompts."""
+
+    model: PreTrainedModel
+    encoder: Encoder
+
+
+def _sparsity(whole: Whole, ratio: float) -> float:
+    return whole.masker.sparsity if ratio and whole.masker is not None else 0.0
 
 
 class Judging:
@@ -164,7 +186,8 @@ class Judging:
             if not self.accelerator.is_main_process:
                 yield None
                 return
-            with self.answering.served(settings, settings.model or "", "judge") as client:
+            self.models.free_devices()
+            with self.answering.served(settings, settings.model or "", "judge", images=False) as client:
                 yield self._judge(served(client), self._name(teacher, ratio)[0])
         elif settings.by == "teacher":
             whole = self.models.whole(teacher)
@@ -196,7 +219,7 @@ class Judging:
         settings = self.settings
         assert isinstance(settings, ModelJudge)
         if settings.by == "server":
-            name = f"{settings.url or settings.command} {settings.model}"
+            name = settings.model or settings.url or ""  # an address may change, the model may not
             return name, name
         own = f"{self.models.identity(teacher)} r {ratio if settings.by == 'generator' else 0:g}"
         return own, f"student of teacher {teacher} r {ratio:g}" if settings.by == "generator" else own

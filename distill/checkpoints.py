@@ -206,6 +206,27 @@ def merged(student: Any, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     return cast(Any, copy).merge_and_unload()
 
 
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """A student that is whole in this process, as a plain model on the CPU of its own: what LoRA adapters
+    (in place in `model`) add is in the weights."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    state = {}
+    for name, value in model.state_dict().items():
+        owner, _, rest = name.partition(".base_layer.")
+        if not any(name.startswith(f"{layer}.") for layer in layers):
+            state[name] = value
+        elif rest:
+            layer = cast(Any, layers[owner])
+            adapters = [] if rest != "weight" or layer.disable_adapters else layer.active_adapters
+            total = value + sum(layer.get_delta_weight(adapter) for adapter in adapters)
+            state[f"{owner}.{rest}"] = total
+    plain = AutoModelForImageTextToText.from_config(model.config, dtype=model.dtype)
+    plain.load_state_dict({name: value.detach().cpu() for name, value in state.items()})
+    if model.generation_config is not None:
+        plain.generation_config = model.generation_config
+    return cast(PreTrainedModel, plain)
+
+
 def _inner(accelerator: Accelerator, learner: nn.Module) -> Any:
     return accelerator.unwrap_model(learner, keep_torch_compile=False)
 

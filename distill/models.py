@@ -17,10 +17,12 @@ from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from distill import processes, recipe, sharing, student, tree
-from distill.encoding import Encoder, Prompt
+from distill.data import Sample
+from distill.encoding import Encoder
 from distill.feature_store import FeatureStore
 from distill.masking import EMBEDDINGS, VISION, Masker
 from distill.parts import FrozenModel
+from distill.prompt_cache import CachedEncoder
 from distill.recipe import Recipe
 from runtime import files
 from runtime.errors import CheckpointError, InputError
@@ -35,6 +37,7 @@ class Whole:
     masker: Masker | None
     encoder: Encoder
     sharing: str
+    on_cpu: bool = False  # only to be written down and proved, not to draw with
 
     def at(self, ratio: float) -> PreTrainedModel:
         """The teacher under a mask of `ratio`."""
@@ -61,44 +64,66 @@ def load(settings: recipe.Model, dtype: str | None = None) -> PreTrainedModel:
     return cast(PreTrainedModel, found.eval())
 
 
-def reader(plan: Recipe, model: recipe.Model) -> Encoder:
+def reader(plan: Recipe, model: recipe.Model) -> CachedEncoder:
     """How a checkpoint reads prompts: each builds them with its own processor (METHOD 3)."""
-    return Encoder.load(
+    found = CachedEncoder.load(
         model.checkpoint,
         revision=model.revision,
         max_prompt_tokens=plan.data.max_prompt_tokens,
         max_pixels=plan.data.max_pixels,
     )
+    assert isinstance(found, CachedEncoder)
+    return found
 
 
 class Models:
-    """What a run loads, and when it lets go of it."""
+    """What a run loads, and when it lets go of it. `probe`: a sample to try how a model shares prefixes."""
 
-    def __init__(self, plan: Recipe, accelerator: Accelerator, probe: Prompt | None = None) -> None:
+    def __init__(self, plan: Recipe, accelerator: Accelerator, probe: Sample | None = None) -> None:
         self.plan, self.accelerator, self.probe = plan, accelerator, probe
-        self.encoder = reader(plan, plan.student)
+        self._readers: dict[tuple[str, str | None], CachedEncoder] = {}
+        self.encoder: Encoder = self.reader(plan.student)
         self._whole: Whole | None = None
         self._identities: dict[int, str] = {}
+        self._modes: dict[str, str] = {}
         self.reasons: dict[str, str] = {}
 
-    def reader(self, model: recipe.Model) -> Encoder:
-        """How a checkpoint reads prompts."""
-        return reader(self.plan, model)
+    def reader(self, model: recipe.Model) -> CachedEncoder:
+        """How a checkpoint reads prompts: one encoder for all that read alike, so that they share prompts."""
+        place = (model.checkpoint, model.revision)
+        if place not in self._readers:
+            found = reader(self.plan, model)
+            known = (each for each in self._readers.values() if each.reading == found.reading)
+            self._readers[place] = next(known, found)
+        return self._readers[place]
+
+    def readers(self) -> list[CachedEncoder]:
+        """The different ones of student and teachers, the student's first."""
+        every = [self.reader(model) for model in (self.plan.student, *self.plan.teachers)]
+        return list({id(each): each for each in every}.values())
 
     # --- teachers -----------------------------------------------------
 
-    def whole(self, number: int) -> Whole:
-        """Teacher `number` in this process, to draw and judge with. Another one in memory is let go first."""
-        if self._whole is None or self._whole.number != number:
+    def whole(self, number: int, *, on_cpu: bool = False) -> Whole:
+        """Teacher `number` in this process, on its device to draw and judge with, or on the CPU to be written
+        for a server. Another one in memory is let go first."""
+        device = torch.device("cpu") if on_cpu else self.accelerator.device
+        known = self._whole
+        if known is None or known.number != number or known.on_cpu != on_cpu:
             self.release()
             settings = self.plan.teachers[number]
-            model = load(settings).requires_grad_(False).to(cast(Any, self.accelerator.device))
+            model = load(settings).requires_grad_(False).to(cast(Any, device))
             mask = settings.mask
             masker = Masker(model, mask.largest, mask.tensors) if mask and mask.largest else None
             encoder = self.reader(settings)
-            mode = self._mode(f"teacher {number}", model, encoder, gradients=False)
-            self._whole = Whole(number, model, masker, encoder, mode)
-        return self._whole
+            mode = "" if on_cpu else self._mode(f"teacher {number}", model, encoder, gradients=False)
+            self._whole = known = Whole(number, model, masker, encoder, mode, on_cpu)
+        return known
+
+    def free_devices(self) -> None:
+        """Nothing of a teacher stays on a device: a server is about to need it."""
+        if self._whole is not None and not self._whole.on_cpu:
+            self.release()
 
     def frozen(self, number: int, ratio: float) -> FrozenModel:
         """Teacher `number` under its mask for the training steps; under FSDP2 in shards."""
@@ -148,13 +173,15 @@ class Models:
         """The student to train: fp32 master weights (METHOD 6), frozen parts, adapters, checkpointing."""
         train = self.plan.train
         model = load(self.plan.student, "float32")
+        found: Any = model
+        if train.lora is not None:
+            torch.manual_seed(self.plan.seed)  # adapters begin at random: the same in every process and run
+            found = student.with_lora(model, train.lora.rank, train.lora.alpha, train.lora.targets)
         if train.freeze:
-            student.freeze(model, train.freeze)
+            student.freeze(found, train.freeze)
         if train.gradient_checkpointing:
             student.checkpointed(model)
-        if train.lora is None:
-            return model
-        return student.with_lora(model, train.lora.rank, train.lora.alpha, train.lora.targets)
+        return found
 
     def reference(self, mode: str) -> FrozenModel | None:
         """A frozen copy of the initial student where the objective needs one and adapters do not give it."""
@@ -173,9 +200,11 @@ class Models:
     def _mode(self, name: str, model: PreTrainedModel, encoder: Encoder, *, gradients: bool) -> str:
         if self.probe is None:
             return tree.TREE
-        mode, reason = sharing.choose(model, encoder, [tree.Group(self.probe)], gradients=gradients)
-        self.reasons[name] = f"{mode} ({reason})"
-        return mode
+        if name not in self._modes:
+            row = [tree.Group(encoder.encode(self.probe))]
+            self._modes[name], reason = sharing.choose(model, encoder, row, gradients=gradients)
+            self.reasons[name] = f"{self._modes[name]} ({reason})"
+        return self._modes[name]
 
     def fallbacks(self) -> Sequence[str]:
         """Why a model does not share prefixes as a tree, in words."""

@@ -16,6 +16,9 @@ from rich.table import Table
 from distill.responses import Pool, Response
 from runtime import files
 
+PHASE_WIDTH = 22
+"""Columns for a phase's name in the table."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -117,30 +120,42 @@ def write(path: Path, lines: Sequence[Line]) -> None:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """The lines for people. Accuracy against voted references stands in brackets."""
-    out = Table(title="Response pool", title_justify="left")
-    heads = ("drawn by", "mask", "source", "questions", "responses", "distinct", "tokens", "p95")
-    for head in (*heads, "finished", "re-tokenised", "accuracy"):
-        out.add_column(head, justify="left" if head in ("drawn by", "source") else "right")
+    """The lines for people, at most 100 columns wide. Accuracy against votes stands in brackets."""
+    out = Table(title="Response pool", title_justify="left", padding=(0, 1, 0, 0))
+    again = any(line.retokenised_share for line in lines)
+    heads = ["phase", "mask", "by", "asked", "drawn", "distinct", "tokens", "p95", "ended", "right"]
+    for head in [*heads[:9], "re-tok.", *heads[9:]] if again else heads:
+        left = head in ("phase", "by")
+        out.add_column(
+            head,
+            justify="left" if left else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=PHASE_WIDTH if head == "phase" else None,
+        )
     for line in lines:
         out.add_row(
-            line.part,
+            line.part.removesuffix(f" r {line.ratio:g}"),
             f"{line.ratio:.2f}",
             line.source,
-            f"{line.questions:,}",
-            f"{line.responses:,}",
+            _short(line.questions),
+            _short(line.responses),
             f"{line.distinct_per_question:.2f}",
             f"{line.tokens_mean:.1f}",
             f"{line.tokens_p95:.0f}",
-            f"{line.finished_share:.1%}",
-            f"{line.retokenised_share:.0%}",
+            f"{line.finished_share:.0%}",
+            *([f"{line.retokenised_share:.0%}"] if again else []),
             _told(line),
         )
     return out
 
 
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 1_000_000 else f"{count / 1e6:.2f} M"
+
+
 def _told(line: Line) -> str:
     told = [] if line.accuracy is None else [f"{line.accuracy:.1%}"]
     if line.accuracy_pseudo is not None:
-        told.append(f"({line.accuracy_pseudo:.1%} of votes)")
+        told.append(f"({line.accuracy_pseudo:.1%})")
     return " ".join(told) or "not judged"

@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from distill.data import Dataset, Sample, SampleError, Skips
+from distill.data import Sample, SampleError, Skips
 from distill.engines import Drawn, Engine, mixed
 from distill.partial import Partial, Reserve, room_for
 from distill.sampling import Sampling
@@ -32,9 +32,19 @@ Progress = Callable[[int, int], None]
 """Called with (questions done, questions of this process)."""
 
 
+class Samples(Protocol):
+    """What is drawn for: `data.Dataset`, or one that looks at its samples first."""
+
+    name: str
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises SampleError for a sample that cannot be used."""
+        ...
+
+
 def draw(
     engine: Engine,
-    dataset: Dataset,
+    dataset: Samples,
     indices: Sequence[int],
     count: int,
     source: str,
@@ -126,7 +136,7 @@ class _Run:
     """One call of `draw`."""
 
     engine: Engine
-    dataset: Dataset
+    dataset: Samples
     shards: Sequence[_Shard]
     count: int
     sampling: Sampling

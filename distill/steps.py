@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,21 +28,12 @@ from distill.batches import Item, Question, Scored
 from distill.learner import Context, FrozenModel
 from distill.mu import stage_start_mu
 from distill.parts import Kept, LabelPart, PoolPart, Totals
+from distill.teachers import Phase
 from runtime.errors import InputError
 
 __all__ = ["LabelSteps", "Phase", "PoolSteps", "Question", "Scored"]
 Load = Callable[[int, PreTrainedModel], Sequence[Question]]
 Enter = Callable[[int], "FrozenModel | Sequence[FrozenModel] | Kept | None"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A teacher at a mask ratio, and how many questions it has."""
-
-    name: str
-    teacher: int
-    ratio: float
-    questions: int
 
 
 class Labelled(Protocol):

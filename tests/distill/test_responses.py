@@ -469,4 +469,4 @@ def test_statistics_as_json_and_table(tmp_path: Path) -> None:
     console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
     console.print(pool_statistics.table(lines))
     text = console.export_text()
-    assert "75.0% (0.0% of votes)" in text and "not judged" in text and "0.20" in text
+    assert "75.0% (0.0%)" in text and "not judged" in text and "0.20" in text
