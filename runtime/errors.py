@@ -4,8 +4,10 @@
     |-- BundleError     a bundle is damaged, incomplete or needs an operation this runtime does not know
     |-- CheckpointError a directory is no checkpoint, or one that cannot be handled
     |-- InputError      an image, question or option cannot be used
+    |   `-- SampleError     one sample of a data set (distill/data.py)
     |-- MissingExtra    an optional dependency is not installed
     |-- ParityError     an exported part does not reproduce the checkpoint
+    |-- ServerError     a generation server stays broken or serves the wrong weights (evals/client.py)
     |-- StateError      an output directory holds something else than the command expects
     `-- TrainingError   training cannot go on
 
