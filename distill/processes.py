@@ -63,13 +63,16 @@ def accelerator(
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and found.distributed_type == DistributedType.MULTI_CPU:
         plugin = FullyShardedDataParallelPlugin()
-        if precision == "bf16":
-            plugin.set_mixed_precision("bf16")
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate does itself
         found.state.distributed_type = DistributedType.FSDP
         found.state.fsdp_plugin = plugin
     if found.distributed_type == DistributedType.FSDP and not found.is_fsdp2:
         raise InputError("the Accelerate config asks for FSDP 1; set `fsdp_version: 2` in its fsdp_config")
+    if found.is_fsdp2 and precision == "bf16":
+        # Accelerate's own policy would also add up gradients, and give the loss, in bfloat16
+        found.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None
+        )
     return found
 
 

@@ -99,6 +99,20 @@ def test_gradients_of_two_processes(smol: dict[str, str], tmp_path: Path, way: s
         assert two["figures"][name] == pytest.approx(one["figures"][name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_in_two_processes(smol: dict[str, str], tmp_path: Path, way: str) -> None:
+    """Products in bfloat16 over float32 weights; the loss, the gradients and their sums are float32."""
+    arguments = {**smol, "work": str(tmp_path), "tokens": 100}
+    one = result(1, {}, "gradients", tmp_path / "one", arguments)
+    two = result(2, WAYS[way], "gradients", tmp_path / "two", {**arguments, "precision": "bf16"})
+    assert 1e-4 < apart(one["gradients"], two["gradients"]) < 0.15  # 8 bits through every layer
+    assert two["figures"]["loss"] == pytest.approx(one["figures"]["loss"], rel=0.02)
+    rounded = torch.tensor(two["figures"]["loss"]).bfloat16().item()
+    assert two["figures"]["loss"] != rounded
+    for gradient in two["gradients"].values():
+        assert gradient.dtype == torch.float32
+
+
 @pytest.fixture(scope="module")
 def single(smol: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     work = tmp_path_factory.mktemp("single")

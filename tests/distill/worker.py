@@ -98,7 +98,7 @@ def fit(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def gradients(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Loss and gradient of step 0, gathered, without an optimizer step."""
-    accelerator = processes.accelerator()
+    accelerator = processes.accelerator(arguments.get("precision", "float32"))
     pool = _pool(arguments, accelerator)
     run = loop._Run(pool.model, pool.steps, _settings(arguments), Path(arguments["work"]), accelerator, 0)
     run.learner.train()
