@@ -12,9 +12,10 @@ Training. `DistillationTrainer` (TRL) and `PoolSteps` under `loop.fit` (ours) tr
 student on the same questions, each with an image and 8 responses, against the same live teacher, with the
 same loss (JSD, mean over response tokens), AdamW and clipping, in float32. Responses and prompts are there
 beforehand: neither generation nor image preprocessing is timed. First the gradients of one step must agree;
-then each arm's batch size is tuned; then every arm runs in a fresh process, arms in turn, and a ratio
-compares two arms of one round. Two of ours tell apart what brings what: `naive` has one sequence a response
-as TRL has, `merged` trains on questions whose duplicates are merged by count (TRL runs each of them).
+then each arm is tuned (TRL: sequences a batch; ours: tokens a batch, tree or prefix cache); then every arm
+runs in a fresh process, arms in turn, and a ratio compares two arms of one round. Two of ours tell apart
+what brings what: `naive` has one sequence a response as TRL has, `merged` trains on questions whose
+duplicates are merged by count (TRL runs each of them).
 
 Memory: `against/arm_loss.py`. Generation: `against/arm_generate.py`.
 """
@@ -45,7 +46,7 @@ from benchmarks.against.common import Shape
 
 HERE = Path(__file__).parent
 PEER = HERE / ".venv-trl" / "bin" / "python"
-SHAPES = [Shape(200, 8, 64, 8), Shape(1000, 64, 256, 2), Shape(1000, 300, 256, 2)]
+SHAPES = [Shape(200, 8, 64, 4), Shape(1000, 64, 256, 2), Shape(1000, 300, 256, 1)]
 QUICK = [Shape(40, 6, 9, 4), Shape(60, 12, 9, 2)]
 DUPLICATES = {8: 4, 64: 6, 6: 4}  # response tokens -> distinct ones among 8 in the `merged` arm
 BATCHES, BUDGETS = (4, 8, 16, 32), (2048, 8192, 32768)
@@ -105,30 +106,42 @@ def agreement(bench: Bench, shape: Shape) -> Result:
 
 
 def tuned(bench: Bench, shape: Shape) -> Result:
-    """The fastest batch size of each arm, and everything that was tried."""
+    """The fastest setting of each arm, and everything that was tried."""
     work, steps = bench.directory(shape), ("--steps", 1)
     sequences = shape.questions * shape.responses
     batches = [8] if bench.quick else sorted({min(size, sequences) for size in BATCHES})
     budgets = [8192] if bench.quick else BUDGETS
     tried = {
         "trl": [bench.run("trl", work, *steps, "--batch", n, python=PEER) for n in batches],
-        "ours": [bench.run("ours", work, *steps, "--tokens", n) for n in budgets],
+        "ours": [
+            bench.run("ours", work, *steps, "--sharing", mode, "--tokens", n)
+            for mode in ("tree", "prefix")
+            for n in budgets
+        ],
         "naive": [bench.run("ours", work, *steps, "--sharing", "naive", "--tokens", n) for n in budgets],
     }
     best = {name: min(found, key=lambda x: x["seconds"][0]) for name, found in tried.items()}
-    return {"best": {name: x.get("batch") or x["tokens"] for name, x in best.items()}, "tried": tried}
+    return {"best": best, "tried": tried}
+
+
+def settings(best: Result) -> list[object]:
+    """The options of an arm that ran with these."""
+    if best["arm"] == "trl":
+        return ["--batch", best["batch"]]
+    return ["--sharing", best["sharing"], "--tokens", best["tokens"]]
 
 
 def timed(bench: Bench, shape: Shape, sizes: Result, steps: int) -> Result:
     """One round: every arm in a fresh process."""
     work, count = bench.directory(shape), ("--steps", steps)
+    chosen = {name: settings(best) for name, best in sizes.items()}
     found = {
-        "trl": bench.run("trl", work, *count, "--batch", sizes["trl"], python=PEER),
-        "ours": bench.run("ours", work, *count, "--tokens", sizes["ours"]),
-        "naive": bench.run("ours", work, *count, "--tokens", sizes["naive"], "--sharing", "naive"),
+        "trl": bench.run("trl", work, *count, *chosen["trl"], python=PEER),
+        "ours": bench.run("ours", work, *count, *chosen["ours"]),
+        "naive": bench.run("ours", work, *count, *chosen["naive"]),
     }
     if merged := duplicated(shape):
-        found["merged"] = bench.run("ours", bench.directory(merged), *count, "--tokens", sizes["ours"])
+        found["merged"] = bench.run("ours", bench.directory(merged), *count, *chosen["ours"])
     return found
 
 
@@ -157,7 +170,7 @@ def training(bench: Bench, rounds: int, steps: int) -> list[Result]:
 def training_table(found: Sequence[Result]) -> list[str]:
     lines = [
         "| (prompt, response) | arm | questions a second | TRL's time / its time: min / **median** / max "
-        "| bound by tokens (by weights) | share of it | peak MiB (models loaded) | batch |",
+        "| bound by tokens (by weights) | share of it | peak MiB (models loaded) | setting |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for entry in found:
@@ -171,7 +184,7 @@ def training_table(found: Sequence[Result]) -> list[str]:
             merged = duplicated(shape) if arm == "merged" else shape
             limit = entry["bounds"][merged.distinct if merged else 8]
             shared = arm in ("ours", "merged")
-            size = runs[0].get("batch") or runs[0]["tokens"]
+            size = " ".join(map(str, settings(runs[0]))).replace("--", "")
             lines.append(
                 f"| {shape.name} | {arm} | {shape.questions / statistics.median(seconds):.2f} "
                 f"| {ratios[0]:.2f} / **{middle:.2f}** / {ratios[-1]:.2f} "
@@ -181,7 +194,7 @@ def training_table(found: Sequence[Result]) -> list[str]:
                     else "| | "
                 )
                 + f"| {max(run['peak_mib'] for run in runs):,.0f} ({runs[0]['loaded_mib']:,.0f}) "
-                f"| {size} {'sequences' if arm == 'trl' else 'tokens'} |"
+                f"| {size} |"
             )
     same = [x for entry in found for x in entry["agreement"]]
     lines += [
