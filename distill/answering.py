@@ -167,14 +167,20 @@ class Judging:
         self.plan, self.models, self.answering, self.accelerator = plan, models, answering, accelerator
         self.settings = plan.judge
         self.cache = answering.directory / "verdicts"
-        in_here = isinstance(self.settings, ModelJudge) and self.settings.by != "server"
+        in_here = isinstance(self.settings, ModelJudge) and not self.is_served
         if in_here and accelerator.is_fsdp2:
             raise InputError(
-                "judge: a sharded model (FSDP2) cannot judge in its process; set judge.by: server, "
-                "or launch with DDP"
+                "judge: a sharded model (FSDP2) cannot judge in its process; give judge.command or "
+                "judge.url, or launch with DDP"
             )
         self.rank = accelerator.process_index if in_here else 0
         self.world = accelerator.num_processes if in_here else 1
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server judges: one of its own, or the full teacher behind `judge.command`."""
+        settings = self.settings
+        return isinstance(settings, ModelJudge) and settings.by != "generator" and settings.given
 
     @contextlib.contextmanager
     def by(self, teacher: int, ratio: float, student: PreTrainedModel, mode: str) -> Iterator[Judges | None]:
@@ -182,12 +188,15 @@ class Judging:
         settings = self.settings
         if not isinstance(settings, ModelJudge):
             yield None
-        elif settings.by == "server":
+        elif self.is_served:
             if not self.accelerator.is_main_process:
                 yield None
                 return
             self.models.free_devices()
-            with self.answering.served(settings, settings.model or "", "judge", images=False) as client:
+            by_teacher = settings.by == "teacher"
+            checkpoint = self.plan.teachers[teacher].checkpoint if by_teacher else settings.model or ""
+            name = f"judge-{teacher}" if by_teacher else "judge"
+            with self.answering.served(settings, checkpoint, name, images=False) as client:
                 yield self._judge(served(client), self._name(teacher, ratio)[0])
         elif settings.by == "teacher":
             whole = self.models.whole(teacher)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from distill import tree
+from distill import tree, visual_drop
 from distill.encoding import Encoder
 from distill.feature_store import FeatureStore
 from distill.features import Features, encode_images
@@ -72,14 +72,21 @@ class FrozenModel:
         return cast(PreTrainedModel, self.held.model)
 
     @torch.no_grad()
-    def signal(self, rows: Sequence[tree.Row], pad_id: int) -> LiveSignal:
-        """Its distributions at every predicting place of the rows. Under FSDP2 all processes call alike."""
+    def signal(
+        self, rows: Sequence[tree.Row], pad_id: int, kept: Sequence[torch.Tensor] | None = None
+    ) -> LiveSignal:
+        """Its distributions at every predicting place of the rows. Under FSDP2 all processes call alike.
+
+        `kept`: a row's visual tokens that its language model gets to see (`distill/visual_drop.py`).
+        """
 
         def forward(model: Any) -> torch.Tensor:
             if self._head is None:
                 self._head = Head.of(model)
             features = _features(model, rows, self.cache)
             batch = tree.pack(model, rows, pad_id)
+            if kept is not None:
+                batch, features = visual_drop.drop(model, batch, features, kept)
             return tree.hidden_states(model, batch, features, sharing=self.sharing)
 
         hidden_th = self.held(forward)
@@ -101,6 +108,7 @@ class Context:
 
     `reference`: a frozen copy of the initial student; None with `lora` (adapters off) or where the objective
     needs none. `cache`: image features of a student whose vision part is frozen, None where it learns.
+    `visual_keep`: the share of visual tokens that teachers get to see, chosen by the student's attention.
     """
 
     encoder: Encoder
@@ -110,6 +118,7 @@ class Context:
     reference: FrozenModel | None = None
     lora: bool = False
     cache: FeatureStore | None = None
+    visual_keep: float = 1.0
     _heads: dict[int, Head] = field(default_factory=dict)
 
     def head(self, student: PreTrainedModel) -> Head:

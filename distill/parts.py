@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from distill import heads, objective, throughput, tree
+from distill import heads, objective, throughput, tree, visual_drop
 from distill.batches import Item
 from distill.learner import Context, FrozenModel
 from distill.signal import Mixture, Signal, even_weights
@@ -55,9 +55,9 @@ class PoolPart:
         context = self.context
         rows = rows_for(self.rows, 0)
         batch = tree.pack(student, rows, context.encoder.pad_id)
-        teacher = self._teacher(student.device, len(batch.target_t))
         reference = context.reference_signal(student, rows, batch)
-        hidden_th = context.hidden(student, rows, batch)
+        hidden_th, kept = self._student(student, rows, batch)
+        teacher = self._teacher(student.device, len(batch.target_t), kept)
         switches = context.switches
         terms = heads.token_terms(
             hidden_th,
@@ -74,15 +74,27 @@ class PoolPart:
             return getattr(found, only), {}
         return found.total, self._figures(found, student, batch)
 
-    def _teacher(self, device: torch.device, tokens: int) -> Signal | None:
+    def _student(
+        self, student: PreTrainedModel, rows: Sequence[tree.Row], batch: tree.Batch
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """(T, hidden) with gradients, and the visual tokens that its attention leaves to the teachers."""
+        keep = self.context.visual_keep
+        if keep == 1:
+            return self.context.hidden(student, rows, batch), None
+        with visual_drop.watch(student) as seen:
+            hidden_th = self.context.hidden(student, rows, batch)
+        return hidden_th, visual_drop.choose(visual_drop.scores(seen, student, batch), keep)
+
+    def _teacher(
+        self, device: torch.device, tokens: int, kept: Sequence[torch.Tensor] | None
+    ) -> Signal | None:
         if not self.context.switches.needs_teacher:
             return None
         if self.kept is not None:
             return self.kept.signal(self.items, self.weights, device)
         taught = [n for n, weight in enumerate(self.weights) if weight or len(self.teachers) == 1]
-        signals = tuple(
-            self.teachers[n].signal(rows_for(self.rows, n + 1), self.context.encoder.pad_id) for n in taught
-        )
+        pad_id = self.context.encoder.pad_id
+        signals = tuple(self.teachers[n].signal(rows_for(self.rows, n + 1), pad_id, kept) for n in taught)
         if len(signals) < 2:
             return signals[0] if signals else None
         return Mixture(signals, even_weights([self.weights[n] for n in taught], tokens).to(device))

@@ -194,6 +194,7 @@ class _Job:
             reference=self.models.reference(mode),
             lora=train.lora is not None,
             cache=FeatureStore(self.work / "features") if "vision" in train.freeze else None,
+            visual_keep=self.plan.signal.visual_keep,
         )
         asked: list[Question] = []
 

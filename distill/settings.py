@@ -302,10 +302,21 @@ class ObjectiveSettings(Strict):
 
 
 class SignalSettings(Strict):
-    """Teacher distributions: computed at every step, or kept (top-k and tail mass, or hidden states)."""
+    """Teacher distributions: computed at every step, or kept (top-k and tail mass, or hidden states).
+
+    `visual_keep`: the share of visual tokens that the teachers' language models get to see at every step,
+    those that the student's attention looks at most (MaskedKD). Below 1 it needs `live`.
+    """
 
     kind: Literal["live", "topk", "hidden"] = "live"
     k: Positive = 64
+    visual_keep: Rate = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> SignalSettings:
+        if self.visual_keep < 1 and self.kind != "live":
+            raise ValueError(f"visual_keep {self.visual_keep} changes with the student; set kind: live")
+        return self
 
 
 class Lora(Strict):

@@ -129,7 +129,7 @@ def _paid(seen: Seen, batch: Batch, b: int, text: torch.Tensor, columns: torch.T
 def choose(scores_b: Sequence[torch.Tensor], keep: float) -> list[torch.Tensor]:
     """Which visual tokens of each row stay: the share `keep` with the highest scores, in their old order."""
     if not 0 < keep <= 1:
-        raise TrainingError(f"visual_drop.keep {keep} must be above 0 and at most 1")
+        raise TrainingError(f"signal.visual_keep {keep} must be above 0 and at most 1")
     return [row.topk(math.ceil(keep * len(row))).indices.sort().values for row in scores_b]
 
 

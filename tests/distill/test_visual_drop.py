@@ -12,6 +12,11 @@ from transformers import AutoModelForImageTextToText
 from distill import tree, visual_drop
 from distill.encoding import Encoder
 from distill.features import encode_images, image_token
+from distill.learner import Context, FrozenModel
+from distill.objective import Objective
+from distill.parts import PoolPart, Totals
+from distill.processes import Held
+from distill.settings import SignalSettings
 from distill.tree import Group
 from distill.visual_drop import choose, cost, drop, scores, watch
 from runtime.errors import TrainingError
@@ -185,7 +190,7 @@ def test_what_it_saves_and_costs(family: Family) -> None:
 def test_choosing(family: Family) -> None:
     kept = choose([torch.tensor([0.1, 0.4, 0.2, 0.3]), torch.zeros(0), torch.tensor([0.5])], 0.5)
     assert [k.tolist() for k in kept] == [[1, 3], [], [0]]
-    with pytest.raises(TrainingError, match=r"visual_drop\.keep 0"):
+    with pytest.raises(TrainingError, match=r"signal\.visual_keep 0"):
         choose([], 0)
 
 
@@ -216,3 +221,25 @@ def test_a_family_that_mixes_neighbours(tmp_path: Path) -> None:
         tree.hidden_states(model, batch, features, sharing="prefix")
     with pytest.raises(TrainingError, match="needs sharing: tree"):
         scores(seen, model, batch)
+
+
+@smolvlm
+@torch.no_grad()
+def test_a_teacher_in_training_sees_what_the_students_attention_leaves(family: Family) -> None:
+    """`signal.visual_keep` from the context to the teacher's distributions."""
+    model, pad_id = family.model(), family.encoder.pad_id
+    teacher = FrozenModel(Held(family.model()))
+    context = Context(family.encoder, Objective(), visual_keep=0.5)
+    batch, features = packed(family, model)
+    _, kept = PoolPart(context, [], [], [], Totals(1.0, 1.0, 1.0, 1))._student(model, family.rows, batch)
+    assert kept is not None
+    found = teacher.signal(family.rows, pad_id, kept)
+    expected = tree.hidden_states(model, *drop(model, batch, features, kept))
+    torch.testing.assert_close(found.hidden_th, expected)
+    assert (found.hidden_th - teacher.signal(family.rows, pad_id).hidden_th).abs().max() > 1e-3
+
+
+def test_kept_signals_cannot_drop_visual_tokens() -> None:
+    assert SignalSettings(visual_keep=0.5).visual_keep == 0.5
+    with pytest.raises(ValueError, match=r"visual_keep 0.5 changes with the student; set kind: live"):
+        SignalSettings(kind="topk", visual_keep=0.5)
