@@ -175,7 +175,7 @@ def _measured(mask: Mask | None) -> Mask:
     """The same mask with a gate, so that the teacher's accuracy under it is known."""
     if mask is not None and mask.gate is not None:
         return mask
-    alone = Gate(ratios=(0.0,), most_lost=1.0)
+    alone = Gate(ratios=(0.0,), most_lost=0.999)
     if mask is None:
         return Mask(r_max=0.0, restore=False, gate=alone)
     return mask.model_copy(update={"gate": alone})

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from distill.responses import Pool, Response
 from runtime import files
 
-PHASE_WIDTH = 22
+PHASE_WIDTH = 14
 """Columns for a phase's name in the table."""
 
 
@@ -121,7 +122,7 @@ def write(path: Path, lines: Sequence[Line]) -> None:
 
 def table(lines: Sequence[Line]) -> Table:
     """The lines for people, at most 100 columns wide. Accuracy against votes stands in brackets."""
-    out = Table(title="Response pool", title_justify="left", padding=(0, 1, 0, 0))
+    out = Table(title="Response pool", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     again = any(line.retokenised_share for line in lines)
     heads = ["phase", "mask", "by", "asked", "drawn", "distinct", "tokens", "p95", "ended", "right"]
     for head in [*heads[:9], "re-tok.", *heads[9:]] if again else heads:
