@@ -41,7 +41,7 @@ COUNTED: dict[str, Callable[[int], bool]] = {
     "are below 3": lambda digit: digit < 3,
     "are below 6": lambda digit: digit < 6,
 }
-SPLITS = {"pretrain": (620, 4000), "train": (620, 3000), "validation": (200, 300), "test": (357, 1000)}
+SPLITS = {"pretrain": (620, 6000), "train": (620, 3000), "validation": (200, 300), "test": (357, 1000)}
 """Handwritten digits, and pictures composed of them, of each split."""
 PICTURE, CELL, EMPTY = 64, 32, "x"
 EMPTY_SHARE = 0.2
@@ -115,7 +115,7 @@ def scenes(split: str) -> tuple[tuple[int, ...], ...]:
     own, classes = members(split), glyphs()[1]
     by_class = [own[classes[own] == digit] for digit in range(10)]
     draw = _generator(split, 1)
-    found = []
+    found: list[tuple[int, ...]] = []
     while len(found) < SPLITS[split][1]:
         filled = draw.random(len(PLACES)) >= EMPTY_SHARE
         digits = draw.integers(0, 10, len(PLACES))
