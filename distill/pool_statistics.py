@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from distill.responses import Pool, Response
@@ -122,7 +121,7 @@ def write(path: Path, lines: Sequence[Line]) -> None:
 
 def table(lines: Sequence[Line]) -> Table:
     """The lines for people, at most 100 columns wide. Accuracy against votes stands in brackets."""
-    out = Table(title="Response pool", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    out = Table(title="Response pool", title_justify="left", box=None, padding=(0, 2, 0, 0))
     again = any(line.retokenised_share for line in lines)
     heads = ["phase", "mask", "by", "asked", "drawn", "distinct", "tokens", "p95", "ended", "right"]
     for head in [*heads[:9], "re-tok.", *heads[9:]] if again else heads:

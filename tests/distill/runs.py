@@ -110,9 +110,7 @@ def said(answer: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
 
-def answers(
-    world: World, rows: Sequence[Mapping[str, Any]], teacher: int = 0
-) -> list[tuple[str, float]]:
+def answers(world: World, rows: Sequence[Mapping[str, Any]], teacher: int = 0) -> list[tuple[str, float]]:
     """A teacher's greedy answers, and whether its response counts as right where they are the labels (one
     that repeats itself does not)."""
     model = AutoModelForImageTextToText.from_pretrained(world.teacher(teacher)).eval()
@@ -289,7 +287,13 @@ def free_port() -> int:
 
 
 def launch(
-    settings: Recipe, out: Path, *, world: int = 1, way: Mapping[str, str] = DDP, seconds: float = 300, **more: Any
+    settings: Recipe,
+    out: Path,
+    *,
+    world: int = 1,
+    way: Mapping[str, str] = DDP,
+    seconds: float = 300,
+    **more: Any,
 ) -> list[int | None]:
     """A run in processes of its own, as `accelerate launch --cpu` starts them; their exit codes. When one of
     them is killed the launcher kills the others."""

@@ -79,12 +79,27 @@ def test_the_metrics_tell_everything(whole: tuple[Path, Result]) -> None:
 
 def test_the_table_fits(whole: tuple[Path, Result]) -> None:
     lines = pooling.statistics(whole[0])
-    named = [pool_statistics.Line(**{**line.__dict__, "part": "2 Qwen3-VL-235B-A22B-Instruct r 0.1"}) for line in lines]
+    named = [
+        pool_statistics.Line(**{**line.__dict__, "part": "2 Qwen3-VL-235B-A22B-Instruct r 0.1"})
+        for line in lines
+    ]
     big = [pool_statistics.Line(**{**line.__dict__, "questions": 1_500_000, "responses": 6_000_000, "accuracy_pseudo": 0.5, "retokenised_share": 1.0}) for line in named]  # fmt: skip
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(pool_statistics.table(big))
     text = console.export_text()
-    heads = ("phase", "mask", "by", "asked", "drawn", "distinct", "tokens", "p95", "ended", "re-tok.", "right")
+    heads = (
+        "phase",
+        "mask",
+        "by",
+        "asked",
+        "drawn",
+        "distinct",
+        "tokens",
+        "p95",
+        "ended",
+        "re-tok.",
+        "right",
+    )
     assert all(head in text for head in heads) and "1.50 M" in text and "(50.0%)" in text
     assert text.count("…") == len(big), "the phases' long names alone are cut"
 
@@ -299,7 +314,9 @@ def test_text_alone_and_several_images(world: World, tmp_path: Path) -> None:
 
 
 def test_only_text(world: World, tmp_path: Path) -> None:
-    rows = [runs.row([{"type": "text", "text": f"{word} or no?"}], [], word) for word in runs.QUESTIONS[0].split()]
+    rows = [
+        runs.row([{"type": "text", "text": f"{word} or no?"}], [], word) for word in runs.QUESTIONS[0].split()
+    ]
     data = {"train": [world.data("text", rows)], "validation": [world.held_out]}
     assert runs.go(runs.plan(world, data=data), tmp_path / "out").log
 
@@ -368,7 +385,9 @@ def test_teachers_at_once(world: World, tmp_path: Path, monkeypatch: pytest.Monk
     used.clear()
     first = runs.go(several(world, "drop", "objective.drop=0.5", "train.passes=3"), tmp_path / "drop")
     assert {(3.0, 0.0), (0.0, 3.0)} & set(used) and len(set(used)) > 1
-    assert runs.go(several(world, "drop", "objective.drop=0.5", "train.passes=3"), tmp_path / "again").equals(first)
+    assert runs.go(several(world, "drop", "objective.drop=0.5", "train.passes=3"), tmp_path / "again").equals(
+        first
+    )
 
 
 # --- kept signal ----------------------------------------------------------
