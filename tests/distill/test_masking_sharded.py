@@ -31,7 +31,7 @@ class Odd(nn.Module):
         super().__init__()
         draw = torch.Generator().manual_seed(3)
         self.decoder = nn.ModuleDict()
-        for name, shape in {"five": (5, 7), "one": (1, 9), "eight": (8, 6)}.items():
+        for name, shape in {"five": (5, 7), "one": (1, 9), "eight": (8, 26)}.items():
             linear = nn.Linear(shape[1], shape[0], bias=False)
             few = torch.randint(-4, 5, shape, generator=draw) / 4 * (-1) ** torch.arange(shape[0])[:, None]
             linear.weight = nn.Parameter(few.to(dtype))
