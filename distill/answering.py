@@ -189,10 +189,10 @@ class Judging:
         if not isinstance(settings, ModelJudge):
             yield None
         elif self.is_served:
+            self.models.free_devices()
             if not self.accelerator.is_main_process:
                 yield None
                 return
-            self.models.free_devices()
             by_teacher = settings.by == "teacher"
             checkpoint = self.plan.teachers[teacher].checkpoint if by_teacher else settings.model or ""
             name = f"judge-{teacher}" if by_teacher else "judge"

@@ -162,6 +162,8 @@ class Models:
 
     def release(self) -> None:
         """Let go of the teacher in memory."""
+        if self._whole is None:
+            return
         self._whole = None
         gc.collect()
         if torch.cuda.is_available():
