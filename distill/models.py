@@ -24,6 +24,7 @@ from distill.masking import EMBEDDINGS, VISION, Masker
 from distill.parts import FrozenModel
 from distill.prompt_cache import CachedEncoder
 from distill.recipe import Recipe
+from distill.sharing import Shape
 from runtime import files
 from runtime.errors import CheckpointError, InputError
 
@@ -85,7 +86,9 @@ class Models:
         self.encoder: Encoder = self.reader(plan.student)
         self._whole: Whole | None = None
         self._identities: dict[int, str] = {}
-        self._modes: dict[str, str] = {}
+        self._modes: dict[tuple[str, Shape | None], str] = {}
+        self.shape: Shape | None = None
+        """What a question of the pool looks like, once it is drawn: which way of sharing is cheapest."""
         self.reasons: dict[str, str] = {}
 
     def reader(self, model: recipe.Model) -> CachedEncoder:
@@ -122,7 +125,7 @@ class Models:
 
     def free_devices(self) -> None:
         """Nothing of a teacher stays on a device: a server is about to need it."""
-        if self._whole is not None and not self._whole.on_cpu:
+        if self._whole is None or not self._whole.on_cpu:
             self.release()
 
     def frozen(self, number: int, ratio: float) -> FrozenModel:
@@ -132,9 +135,10 @@ class Models:
             return self._sharded(number, ratio)
         whole = self.whole(number)
         whole.at(ratio)
+        mode = self._mode(f"teacher {number}", whole.model, whole.encoder, gradients=False)
         held = processes.hold(self.accelerator, whole.model)
         cache = FeatureStore() if self._vision_stays(settings) else None
-        return FrozenModel(held, whole.encoder, sharing=whole.sharing, cache=cache, weight=settings.weight)
+        return FrozenModel(held, whole.encoder, sharing=mode, cache=cache, weight=settings.weight)
 
     def _sharded(self, number: int, ratio: float) -> FrozenModel:
         self.release()
@@ -162,7 +166,7 @@ class Models:
 
     def release(self) -> None:
         """Let go of the teacher in memory."""
-        if self._whole is None:
+        if self._whole is None and not torch.cuda.is_available():
             return
         self._whole = None
         gc.collect()
@@ -202,11 +206,12 @@ class Models:
     def _mode(self, name: str, model: PreTrainedModel, encoder: Encoder, *, gradients: bool) -> str:
         if self.probe is None:
             return tree.TREE
-        if name not in self._modes:
+        if (name, self.shape) not in self._modes:
             row = [tree.Group(encoder.encode(self.probe))]
-            self._modes[name], reason = sharing.choose(model, encoder, row, gradients=gradients)
-            self.reasons[name] = f"{self._modes[name]} ({reason})"
-        return self._modes[name]
+            mode, reason = sharing.choose(model, encoder, row, gradients=gradients, shape=self.shape)
+            self._modes[name, self.shape] = mode
+            self.reasons[name] = f"{mode} ({reason})"
+        return self._modes[name, self.shape]
 
     def fallbacks(self) -> Sequence[str]:
         """Why a model does not share prefixes as a tree, in words."""

@@ -22,15 +22,19 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from distill import recipe, run, strict
+from distill import judging, recipe, run, strict
 from distill.data import ImageSource, Sample
 from distill.encoding import Encoder
 from distill.engines import HfEngine
 from distill.recipe import Recipe
 from distill.sampling import Sampling
-from evals import scorers
+from evals import judge, scorers
 from runtime import files
 from tests.checkpoints import FAMILIES
+
+judging.in_process.__kwdefaults__["max_new_tokens"] = 4
+judge.parse_score = lambda text: len(text) % 2  # type: ignore[assignment]
+"""The tiny judges know nothing; they shall at least be quick, and find some responses right."""
 
 QUESTIONS = ("what color is the shape?", "is there a red circle in the image?")
 TOKENS = 4

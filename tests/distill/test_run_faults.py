@@ -35,13 +35,15 @@ def everything(world: World) -> Recipe:
         {"checkpoint": world.teacher(1), "mask": None, "share": 1},
         {"checkpoint": world.teacher(0), "mask": runs.mask(), "share": 2},
     ]
-    source = {**world.source("data"), "labels": 8}
+    source = {**world.source("data"), "labels": 8, "limit": 12}
     return runs.plan(
         world,
         "train.passes=2",
         "train.lora={rank: 2, alpha: 8}",
         "train.freeze=[vision]",
         "train.lr=0.01",
+        "train.save_every=3",
+        "train.validate_every=4",
         "pool.sampling.max_new_tokens=3",
         teachers=listed,
         data={"train": [source], "validation": [world.held_out], "together": 2},
@@ -103,6 +105,7 @@ def test_cut_again_and_again(world: World, whole: Result, tmp_path: Path) -> Non
 
 
 @slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_cut_at_every_file_of_everything(
     world: World, whole_of_everything: Result, tmp_path: Path, after: bool
@@ -166,7 +169,7 @@ def test_kill_9_at_random_files(world: World, whole_of_everything: Result, tmp_p
 def test_kill_9(world: World, whole: Result, tmp_path: Path) -> None:
     """A real process, killed while it trains."""
     settings, out = runs.plan(world), tmp_path / "out"
-    assert runs.launch(settings, out, kill_in=MOMENTS["step"][:2] + (2,)) == [-signal.SIGKILL]
+    assert runs.launch(settings, out, kill_in=(*MOMENTS["step"][:2], 2)) == [-signal.SIGKILL]
     assert list((out / "work" / "train").glob("state-*"))
     assert runs.done(settings, out).equals(whole)
 
@@ -204,7 +207,7 @@ def test_two_processes(world: World, tmp_path: Path, way: str, signal_kind: str)
 def test_going_on_in_another_number_of_processes(
     world: World, whole: Result, tmp_path: Path, way: str, worlds: tuple[int, int]
 ) -> None:
-    for place in (("distill.engines:HfEngine", "_draw_batch", 2), MOMENTS["step"][:2] + (3,)):
+    for place in (("distill.engines:HfEngine", "_draw_batch", 2), (*MOMENTS["step"][:2], 3)):
         out = tmp_path / place[1]
         codes = runs.launch(runs.plan(world), out, world=worlds[0], way=WAYS[way], kill_in=place)
         assert -signal.SIGKILL in codes
