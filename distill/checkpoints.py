@@ -14,6 +14,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -121,7 +122,8 @@ def restore(directory: Path, accelerator: Accelerator, learner: nn.Module, optim
     planner = DefaultLoadPlanner(allow_partial_load=True)
     with _quiet():
         dcp.load(wanted, checkpoint_id=newest, planner=planner, no_dist=_alone(accelerator))
-    set_state_dict(inner, plain, model_state_dict=model, optim_state_dict=state, options=OPTIONS)
+    loose = replace(OPTIONS, strict=False)  # a state has no frozen parameters, and what it has was checked
+    set_state_dict(inner, plain, model_state_dict=model, optim_state_dict=state, options=loose)
     _forget_unsaved(inner, plain, saved)
     optim.refresh(optimizer)
     return progress["step"], progress["log"]
