@@ -101,9 +101,9 @@ def arms(plan: Recipe, settings: Settings) -> dict[str, Arm]:
     stages = _stages(plan)
     found = [
         Arm("masters", "Masters", MASTERS),
-        Arm("control", "same pool and divergence, no RL", CONTROL, NO_RL),
-        Arm("naive", "full teacher, no RL (naive distillation)", CONTROL, (*NO_RL, *UNMASKED, stages)),
-        Arm("unmasked", "Masters with the full teacher", MASTERS, (*UNMASKED, stages)),
+        Arm("control", "the same pool without RL", CONTROL, NO_RL),
+        Arm("naive", "the full teacher without RL", CONTROL, (*NO_RL, *UNMASKED, stages)),
+        Arm("unmasked", "Masters without masks", MASTERS, (*UNMASKED, stages)),
         Arm("r-acc", "R_acc alone", MASTERS, ("objective.change.distill_weight=0.0",)),
         Arm(
             "r-distill",

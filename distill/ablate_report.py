@@ -199,6 +199,7 @@ def sentence(one: Compared, arms: dict[str, ArmResult]) -> str:
     """What a comparison says, noise called noise."""
     found = one.found
     who, than = arms[one.comparison.candidate].label, arms[one.comparison.reference].label
+    who = who[0].upper() + who[1:]
     size = f"{fmt.points(found.mean)} points"
     if found.low is None or found.high is None or found.detectable is None:
         return f"{who} against {than}: {size} on one seed, which says nothing."

@@ -182,7 +182,9 @@ def test_the_page_is_one_file_and_the_markdown_has_the_same_figures(whole: Path)
 def test_arms_of_a_seed_share_pools_and_students(whole: Path) -> None:
     pools = sorted(path.name for path in (whole / "seed-1" / "shared" / "pool").iterdir())
     assert len(pools) == 2  # the large teacher at two ratios, drawn once for Masters and its control
-    first = [json.loads((whole / "seed-1" / arm / "metrics.json").read_text()) for arm in ("masters", "control")]
+    first = [
+        json.loads((whole / "seed-1" / arm / "metrics.json").read_text()) for arm in ("masters", "control")
+    ]
     teacher = [[line for line in one["pool"] if line["source"] == "teacher"] for one in first]
     assert teacher[0] == teacher[1]
 
