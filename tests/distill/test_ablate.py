@@ -206,7 +206,7 @@ def test_a_lost_result_is_made_again_and_nothing_else(whole: Path) -> None:
 def test_another_recipe_is_refused(whole: Path) -> None:
     plan, _ = small()
     other = plan.model_copy(update={"train": plan.train.model_copy(update={"lr": 1e-4})})
-    with pytest.raises(StateError, match="train.lr"):
+    with pytest.raises(StateError, match=r"train\.lr"):
         run(whole, ("rewards",), plan=other)
 
 

@@ -1,4 +1,4 @@
-"""The digits task: what is asked is true, nobody can guess it, splits share no handwriting, files are whole."""
+"""The digits task: answers are true and hard to guess, splits share no handwriting, files are whole."""
 
 from __future__ import annotations
 
