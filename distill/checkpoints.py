@@ -188,6 +188,9 @@ def write_model(
         student = _student(accelerator, learner)
         with files.new_directory(out) as temporary:
             if not hasattr(student, "peft_config") or lora == "adapter":
+                for name, source in (getattr(student, "all_tied_weights_keys", None) or {}).items():
+                    if name in state and source in state:
+                        state[name] = state[source]  # gathered apart; as one tensor it is written once
                 student.save_pretrained(temporary, state_dict=state)
             else:
                 merged(student, state).save_pretrained(temporary)

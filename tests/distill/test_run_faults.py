@@ -155,8 +155,8 @@ def test_kill_9_at_random_files(world: World, whole_of_everything: Result, tmp_p
     """The same directory, killed at random files until the run is through."""
     settings, out, draw = everything(world), tmp_path / "out", np.random.default_rng(5)
     kills = 0
-    for _ in range(12):
-        number = int(draw.integers(3, 20))
+    for attempt in range(12):
+        number = int(draw.integers(3, 12 + 3 * attempt))
         codes = runs.launch(settings, out, kill_file=(number, bool(draw.integers(2))))
         if codes == [0]:
             break
@@ -179,9 +179,8 @@ def test_kill_9(world: World, whole: Result, tmp_path: Path) -> None:
 
 def near(mine: Result, other: Result, start: str) -> None:
     """The same pools and steps; losses and weights equal to rounding."""
-    assert [line["tokens"] for line in mine.metrics["pool"]] == [
-        line["tokens"] for line in other.metrics["pool"]
-    ]
+    tokens = [[line["tokens"] for line in each.metrics["pool"]] for each in (mine, other)]
+    assert tokens[0] == tokens[1]
     assert len(mine.log) == len(other.log)
     for one, two in zip(mine.log, other.log, strict=True):
         for name in ("loss", "divergence", "r_acc", "grad_norm"):
@@ -234,4 +233,4 @@ def test_judge_in_the_process_and_shards(world: World, tmp_path: Path) -> None:
     codes = runs.launch(settings, tmp_path / "out", world=2, way=FSDP2)
     assert 0 not in codes
     said = "".join(path.read_text() for path in tmp_path.glob("out.*.log"))
-    assert "judge.by: server" in said and "InputError" in said
+    assert "judge.command" in said and "InputError" in said

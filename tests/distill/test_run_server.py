@@ -7,7 +7,6 @@ It gives text only, so responses are tokenised again and mu is computed here.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from collections import Counter
@@ -128,9 +127,8 @@ def test_kill_9_in_mid_pool(world: World, tmp_path: Path, monkeypatch: pytest.Mo
     student = sum(line["responses"] for line in result.metrics["pool"] if line["source"] == "student")
     assert (teacher, student) == (24, 12)
     assert len(asked) == 24 + 12 - before.total(), "no response is sampled twice"
-    assert not [
-        p for p in psutil.process_iter() if "serve" in _line(p) and str(tmp_path) in " ".join(_line(p))
-    ]
+    lines = [_line(process) for process in psutil.process_iter()]
+    assert not [line for line in lines if "serve" in line and str(tmp_path) in " ".join(line)]
 
 
 def test_a_server_judges(world: World, tmp_path: Path) -> None:
@@ -143,7 +141,7 @@ def test_a_server_judges(world: World, tmp_path: Path) -> None:
     log = out / "work" / "server-judge.log"
     starts = log.read_text().count("$ ")
     verdicts = (out / "work" / "verdicts" / "0.jsonl").read_bytes()
-    os.rename(log, log.with_suffix(".first"))
+    log.rename(log.with_suffix(".first"))
     result: Result = runs.go(settings, out)
     assert starts == 1 and log.read_text().count("$ ") == 1, "for the second phase alone"
     assert (out / "work" / "verdicts" / "0.jsonl").read_bytes().startswith(verdicts)
