@@ -128,7 +128,7 @@ MOMENTS = {
     "gate": ("distill.engines:HfEngine", "_draw_batch", 1),
     "pool": ("distill.engines:HfEngine", "_draw_batch", 4),
     "student drawing": ("distill.pooling:Pooling", "_student_made", 1),
-    "judging": ("evals.judge:Cache", "_append", 2),
+    "judging": ("evals.judge:Cache", "add", 2),
     "second call of the judge": ("evals.judge:Judge", "_generate", 3),
     "signal": ("distill.signal_store:SignalStore", "seal", 1),
     "inside the signal": ("distill.kept_signal", "_block", 2),
