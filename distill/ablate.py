@@ -98,7 +98,7 @@ class _Batch:
     def all(self) -> dict[str, float]:
         """Run what is missing; the learning rate of every family."""
         settings, plan = self.place.settings, self.place.plan
-        every = range(max(self.wanted.seeds.values()))
+        every = settings.numbers(max(self.wanted.seeds.values()))
         tried = {family: rates for family, rates in settings.rates.items() if len(rates) > 1}
         self.models([*([settings.rate_seed] if tried else []), *every])
         rates: dict[str, float] = dict.fromkeys((MASTERS, CONTROL, LABELS), plan.train.lr)
@@ -108,7 +108,12 @@ class _Batch:
         rates.update(self.rates(tried))
         known = arms(plan, settings)
         family = {name: arm.family for name, arm in known.items()} | {LABELS: LABELS}
-        asked = [(seed, name) for seed in every for name, n in self.wanted.seeds.items() if seed < n]
+        asked = [
+            (seed, name)
+            for seed in every
+            for name, n in self.wanted.seeds.items()
+            if seed in settings.numbers(n)
+        ]
         self.pools([(seed, [n for s, n in asked if s == seed and n != LABELS]) for seed in every])
         self.run(
             "arms",

@@ -30,7 +30,8 @@ class Settings(Strict):
     """What `ablate` varies beside the recipe.
 
     `test`: questions that are asked once, at the end (empty: the recipe's validation). `seeds` is for the
-    main comparisons, `exploratory_seeds` for the others. `rates`: the learning rates tried for a family of
+    main comparisons, `exploratory_seeds` for the others, from `first_seed` on: seeds that settings were tried
+    on are no evidence. `rates`: the learning rates tried for a family of
     arms on `rate_seed`, chosen on validation; a family without an entry takes the recipe's.
     `labels_only`: the control on labels alone; null leaves it out. `made`: models trained here first.
     """
@@ -38,11 +39,16 @@ class Settings(Strict):
     test: tuple[Source, ...] = ()
     seeds: Positive = 8
     exploratory_seeds: Positive = 3
+    first_seed: Count = 0
     rate_seed: Count = 1000
     rates: dict[Family, Annotated[tuple[Rate, ...], Field(min_length=1)]] = Field(default_factory=dict)
     r_max: tuple[Share, ...] = (0.1, 0.2, 0.3, 0.4)
     labels_only: LabelTraining | None = None
     made: Made | None = None
+
+    def numbers(self, count: int) -> range:
+        """The first `count` seeds."""
+        return range(self.first_seed, self.first_seed + count)
 
 
 def settings_for(plan: Recipe) -> Settings:
@@ -178,7 +184,7 @@ def recipe_of(plan: Recipe, arm: Arm, seed: int, *, rate: float | None = None) -
 
 @dataclass(frozen=True)
 class Needed:
-    """Which arms run over how many seeds (0..n-1) for the chosen experiments."""
+    """Which arms run over how many seeds for the chosen experiments."""
 
     comparisons: tuple[Comparison, ...]
     seeds: dict[str, int]

@@ -104,7 +104,8 @@ def collect(place: Place, wanted: Needed) -> Results:
     arms: dict[str, ArmResult] = {}
     first: dict[str, Any] = {}
     for name, count in wanted.seeds.items():
-        results = [files.read_json(place.out / f"seed-{seed}" / name / RESULT) for seed in range(count)]
+        paths = [place.out / f"seed-{seed}" / name / RESULT for seed in place.settings.numbers(count)]
+        results = [files.read_json(path) for path in paths]
         arm = known.get(name)
         arms[name] = _arm(name, arm.label if arm else LABELS_ARM, arm, results)
         if name == MASTERS:
@@ -161,7 +162,7 @@ def _baselines(place: Place, seeds: int) -> dict[str, list[float]]:
         where = {
             name: [
                 path.parent / f"{path.name}.json"
-                for path in dict.fromkeys(place.models(seed)[name] for seed in range(seeds))
+                for path in dict.fromkeys(place.models(seed)[name] for seed in place.settings.numbers(seeds))
             ]
             for name in place.settings.made.models
         }

@@ -30,6 +30,7 @@ from distill.models import Models
 from distill.recipe import Recipe, RuleJudge
 from distill.responses import Pool, Reference
 from distill.sampling import Sampling
+from distill.sharing import Shape
 from distill.teachers import ALL_TEACHERS, Phase
 from evals import judge_rows
 from runtime import files
@@ -230,6 +231,17 @@ class Pooling:
         if empty:
             raise TrainingError(f"phase {empty[0]}: none of its questions could be asked; mend the data")
         return found
+
+    def shape(self) -> Shape | None:
+        """What a question looks like to a model, by the first shards of the teachers' answers; the student's
+        half is taken to be alike. None where no teacher answers."""
+        probe, settings = self.models.probe, self.plan.pool
+        if probe is None or not settings.teacher_responses:
+            return None
+        pool = responses.load(self._asked(0)[0].directory)
+        lengths = [len(response.ids) for some in pool.values() for response in some]
+        distinct = len(lengths) / len(pool) * (1 + settings.student_responses / settings.teacher_responses)
+        return Shape(len(self.models.encoder.encode(probe).ids), distinct, sum(lengths) / len(lengths))
 
     def load(self, phase: int, student: PreTrainedModel, mode: str) -> list[Question]:
         """A phase's scored questions. What the student has not yet answered it answers now, as it is."""

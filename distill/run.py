@@ -183,6 +183,8 @@ class _Job:
     def learn(self, student: Any, pooled: Pooling, gated: list[Gated], phases: list[Phase]) -> loop.Log:
         """Train over all phases."""
         train, switches = self.plan.train, self.plan.objective.switches
+        if self.plan.signal.visual_keep == 1:  # else a tree is needed, whatever it costs
+            self.models.shape = pooled.shape()
         mode = self.models.student_mode(student)
         for line in self.models.fallbacks():
             self.say(f"no shared tree for {line}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from distill import tree
 from distill.encoding import Encoder, Prompt
 from distill.features import accepted, base_of, encode_images, image_token, parameter_names
-from distill.tree import MODES, PREFIX, Group, Row
+from distill.tree import MODES, NAIVE, PREFIX, TREE, Group, Row
 from runtime.errors import CheckpointError
 
 FP32_TOLERANCE = 1e-3
@@ -37,14 +37,66 @@ MOST_GRADIENTS = 2**24
 they hang in every layer, so whatever leaks in forward or backward reaches some of them."""
 
 
+ATTENTION_COST = 2.0
+"""What an operation of masked attention costs against one of a matrix product: kernels with a mask of their
+own reach about half the rate."""
+PREFIX_COST = 1.25
+"""A prefix cache runs the decoder's layers twice and copies the prompt's keys and values to every response:
+what it saves must be worth that."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A typical question: tokens of its prompt, how many distinct responses, tokens of each."""
+
+    prompt: float
+    responses: float
+    length: float
+
+
+def by_cost(model: PreTrainedModel, shape: Shape) -> tuple[str, ...]:
+    """The three ways, the cheapest first, by the decoder's operations for a question of this shape.
+
+    A tree of L tokens runs them once and attends over L x L places, most of them masked; a prefix cache
+    attends over what is seen; naive repeats the prompt. So long responses are cheaper from a prefix cache.
+    """
+    config = model.config.get_text_config()
+    decoder: Any = cast(Any, model.base_model).get_decoder()
+    table: Any = model.get_input_embeddings()
+    weights = sum(p.numel() for p in decoder.parameters()) - table.weight.numel()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    layers = config.num_hidden_layers
+
+    def operations(tokens: float, pairs: float) -> float:
+        return 2 * weights * tokens + ATTENTION_COST * 4 * width * layers * pairs
+
+    p, r = shape.prompt, shape.length
+    fed = shape.responses * r
+    cost = {
+        TREE: operations(p + fed, (p + fed) ** 2),
+        PREFIX: PREFIX_COST * operations(p + fed, p**2 + fed * (p + r)),
+        NAIVE: shape.responses * operations(p + r, (p + r) ** 2),
+    }
+    return tuple(sorted(MODES, key=lambda mode: cost[mode]))
+
+
 @dataclass(frozen=True)
 class _Found:
     hidden_th: torch.Tensor
     gradients: tuple[torch.Tensor | None, ...]
 
 
-def choose(model: PreTrainedModel, encoder: Encoder, row: Row, *, gradients: bool = True) -> tuple[str, str]:
-    """(mode, reason): the first of tree, prefix, naive that computes what the model alone computes.
+def choose(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    row: Row,
+    *,
+    gradients: bool = True,
+    shape: Shape | None = None,
+) -> tuple[str, str]:
+    """(mode, reason): the first of tree, prefix, naive that computes what the model alone computes; in the
+    order of their cost where the `shape` of the questions is known.
 
     Compares hidden states, and gradients of trainable parameters where `gradients`, of one question with
     made-up responses (two questions on the image of `row`, batched with a shorter row) against the model
@@ -55,13 +107,18 @@ def choose(model: PreTrainedModel, encoder: Encoder, row: Row, *, gradients: boo
     training = model.training
     model.eval()  # dropout would hide what is compared
     try:
-        return _first_equal(model, tree.pack(model, rows, encoder.pad_id), parameters, gradients)
+        modes = MODES if shape is None else by_cost(model, shape)
+        return _first_equal(model, tree.pack(model, rows, encoder.pad_id), parameters, gradients, modes)
     finally:
         model.train(training)
 
 
 def _first_equal(
-    model: PreTrainedModel, batch: tree.Batch, parameters: Sequence[torch.Tensor], gradients: bool
+    model: PreTrainedModel,
+    batch: tree.Batch,
+    parameters: Sequence[torch.Tensor],
+    gradients: bool,
+    modes: Sequence[str] = MODES,
 ) -> tuple[str, str]:
     expected = _measure(_alone(model, batch, grad=bool(parameters)), parameters)
     tolerance = FP32_TOLERANCE
@@ -69,7 +126,7 @@ def _first_equal(
         naive = _measure(_shared(model, batch, tree.NAIVE, grad=bool(parameters)), parameters)
         tolerance = max(HALF_TOLERANCE, 2 * max(_differences(naive, expected).values()))
     reasons = []
-    for mode in MODES:
+    for mode in modes:
         if mode == PREFIX and gradients and tree.is_checkpointing(model):
             reasons.append("prefix: gradient checkpointing drops the cache")
             continue
