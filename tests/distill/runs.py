@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from distill import judging, recipe, run, strict
+from distill import judging, recipe, run, sharing, strict, tree
 from distill.data import ImageSource, Sample
 from distill.encoding import Encoder
 from distill.engines import HfEngine
@@ -127,7 +127,9 @@ def answers(world: World, rows: Sequence[Mapping[str, Any]], teacher: int = 0) -
         )
         for i, one in enumerate(rows)
     ]
-    drawn = HfEngine(model, encoder).draw(samples, 1, Sampling(max_new_tokens=TOKENS, greedy=True), 0)
+    mode, _ = sharing.choose(model, encoder, [tree.Group(encoder.encode(samples[0]))], gradients=False)
+    how = Sampling(max_new_tokens=TOKENS, greedy=True)
+    drawn = HfEngine(model, encoder, sharing=mode).draw(samples, 1, how, 0)
     said = [encoder.text(some[0].ids) for some in drawn]
     labels = [scorers.last_word(text) or "none" for text in said]
     scored = [scorers.score("exact", text, label) for text, label in zip(said, labels, strict=True)]
