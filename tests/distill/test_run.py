@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def test_the_student_is_a_checkpoint(world: World, whole: tuple[Path, Result]) -> None:
-    out, result = whole
+    out, _ = whole
     model = AutoModelForImageTextToText.from_pretrained(out / run.STUDENT)
     begun = AutoModelForImageTextToText.from_pretrained(world.student)
     assert AutoProcessor.from_pretrained(out / run.STUDENT).tokenizer.vocab_size > 0
@@ -78,16 +80,19 @@ def test_the_metrics_tell_everything(whole: tuple[Path, Result]) -> None:
 
 
 def test_the_table_fits(whole: tuple[Path, Result]) -> None:
-    lines = pooling.statistics(whole[0])
-    named = [
-        pool_statistics.Line(**{**line.__dict__, "part": "2 Qwen3-VL-235B-A22B-Instruct r 0.1"})
-        for line in lines
-    ]
-    big = [pool_statistics.Line(**{**line.__dict__, "questions": 1_500_000, "responses": 6_000_000, "accuracy_pseudo": 0.5, "retokenised_share": 1.0}) for line in named]  # fmt: skip
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(pool_statistics.table(big))
+    """In 100 columns, with large counts, votes and texts that were tokenised again."""
+    large = {
+        "part": "2 Qwen3-VL-235B-A22B-Instruct r 0.1",
+        "questions": 1_500_000,
+        "responses": 6_000_000,
+        "accuracy_pseudo": 0.5,
+        "retokenised_share": 1.0,
+    }
+    lines = [replace(line, **large) for line in pooling.statistics(whole[0])]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(pool_statistics.table(lines))
     text = console.export_text()
-    heads = (
+    heads = [
         "phase",
         "mask",
         "by",
@@ -99,9 +104,9 @@ def test_the_table_fits(whole: tuple[Path, Result]) -> None:
         "ended",
         "re-tok.",
         "right",
-    )
+    ]
     assert all(head in text for head in heads) and "1.50 M" in text and "(50.0%)" in text
-    assert text.count("…") == len(big), "the phases' long names alone are cut"
+    assert text.count("…") == len(lines), "the phases' long names alone are cut"
 
 
 def test_the_same_again(world: World, whole: tuple[Path, Result], tmp_path: Path) -> None:
@@ -223,7 +228,7 @@ def test_frozen_vision(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("frozen", ["[]", "[vision]"])
 def test_lora(world: World, tmp_path: Path, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second model for the reference; the merged checkpoint loads; adapters begin the same in every run."""
+    """No second model for the reference; the merged checkpoint loads; adapters begin alike in every run."""
     from distill import models
 
     loaded: list[str] = []
