@@ -79,7 +79,9 @@ class Answering:
         """A masked teacher as a checkpoint directory, for as long as it is served."""
         assert whole.masker is not None
         self.say(f"writing teacher {whole.number} at mask ratio {ratio:g} for its server")
-        source = f"{self.plan.teachers[whole.number].checkpoint} {self.models.identity(whole.number)}"
+        teacher = self.plan.teachers[whole.number]
+        touches = teacher.mask.touches if teacher.mask else []
+        source = f"{teacher.checkpoint} {self.models.identity(whole.number)} {touches}"
         directory = self.directory / f"{SERVED}{name}"
         with materialised(whole.masker, whole.encoder.processor, directory, source, alone=True) as found:
             yield found.path

@@ -70,7 +70,7 @@ class Gating:
             "questions": files.sha256_json([self._fingerprint, asked]),
             "max_new_tokens": self.plan.pool.sampling.max_new_tokens,
         }
-        place = self.directory / files.sha256_json([identity, list(mask.tensors)])[:16]
+        place = self.directory / files.sha256_json([identity, mask.touches])[:16]
 
         def answer(ratio: float) -> tuple[list[float], float]:
             return self._answer(number, ratio, asked, place / f"{ratio:g}")

@@ -20,7 +20,7 @@ from distill import processes, recipe, sharing, student, tree
 from distill.data import Sample
 from distill.encoding import Encoder
 from distill.feature_store import FeatureStore
-from distill.masking import EMBEDDINGS, VISION, Masker
+from distill.masking import EMBEDDINGS, VISION, Masker, Rule
 from distill.parts import FrozenModel
 from distill.prompt_cache import CachedEncoder
 from distill.recipe import Recipe
@@ -117,7 +117,7 @@ class Models:
             settings = self.plan.teachers[number]
             model = load(settings).requires_grad_(False).to(cast(Any, device))
             mask = settings.mask
-            masker = Masker(model, mask.largest, mask.tensors) if mask and mask.largest else None
+            masker = masked(model, mask.asked, mask) if mask and mask.asked else None
             encoder = self.reader(settings)
             mode = "" if on_cpu else self._mode(f"teacher {number}", model, encoder, gradients=False)
             self._whole = known = Whole(number, model, masker, encoder, mode, on_cpu)
@@ -148,7 +148,7 @@ class Models:
         held = processes.hold(self.accelerator, model)
         mask = settings.mask
         if mask and mask.largest:
-            Masker(model, ratio, mask.tensors).set(ratio)
+            masked(model, ratio, mask).set(ratio)
         cache = FeatureStore() if self._vision_stays(settings) else None
         return FrozenModel(held, encoder, sharing=mode, cache=cache, weight=settings.weight)
 
@@ -216,6 +216,12 @@ class Models:
     def fallbacks(self) -> Sequence[str]:
         """Why a model does not share prefixes as a tree, in words."""
         return [f"{name}: {why}" for name, why in self.reasons.items() if not why.startswith(tree.TREE)]
+
+
+def masked(model: PreTrainedModel, r_max: float, mask: recipe.Mask) -> Masker:
+    """A masker of what the recipe says, up to `r_max`."""
+    rules = [Rule(rule.tensors, rule.scale) for rule in mask.rules]
+    return Masker(model, r_max, mask.tensors, rules=rules)
 
 
 def identity(settings: recipe.Model) -> dict[str, Any]:

@@ -168,10 +168,10 @@ class Models:
     def kept_bytes(self, number: int) -> int:
         """What a mask keeps aside: the values up to r_max, and a bit a weight (METHOD 1)."""
         mask = self.recipe.teachers[number].mask
-        if mask is None or not mask.largest:
+        if mask is None or not mask.asked:
             return 0
         touched = [each.values() for each in maskable(self.teachers[number], mask.tensors).values()]
-        return sum(int(mask.largest * v.numel()) * v.element_size() + -(-v.numel() // 8) for v in touched)
+        return sum(int(mask.asked * v.numel()) * v.element_size() + -(-v.numel() // 8) for v in touched)
 
     def sizes(self) -> tuple[ModelSize, ...]:
         recipe = self.recipe

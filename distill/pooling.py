@@ -138,7 +138,7 @@ class Pooling:
         settings, mask = self.plan.pool, self.plan.teachers[teacher].mask
         facts = {
             "teacher": self.models.identity(teacher),
-            "mask": [ratio, list(mask.tensors)] if ratio and mask else None,
+            "mask": [ratio, mask.touches] if ratio and mask else None,
             "data": [source.model_dump(mode="json") for source in self.plan.data.train],
             "questions": [*map(int, indices)],
             "limits": [self.plan.data.max_pixels, self.plan.data.max_prompt_tokens],

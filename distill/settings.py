@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,10 +40,18 @@ class Gate(Strict):
         return self
 
 
+class MaskRule(Strict):
+    """Tensors whose name fits the glob are masked at `scale` times the ratio; null leaves them alone."""
+
+    tensors: str
+    scale: Weight | None
+
+
 class Mask(Strict):
     """The schedule r_max -> 0 in steps of `step` or in `stages` equal stages (METHOD 2, Eq. 3).
 
-    `auto` takes r_max from the gate. Without `restore` the teacher stays at r_max.
+    `auto` takes r_max from the gate. Without `restore` the teacher stays at r_max. The first of `rules` that
+    fits a tensor's name decides its scale.
     """
 
     r_max: Literal["auto"] | Share = "auto"
@@ -53,6 +61,7 @@ class Mask(Strict):
     tensors: Annotated[tuple[Literal["language", "vision", "embeddings"], ...], Field(min_length=1)] = (
         "language",
     )
+    rules: tuple[MaskRule, ...] = ()
     gate: Gate | None = Gate()
 
     @model_validator(mode="after")
@@ -75,16 +84,26 @@ class Mask(Strict):
 
     @property
     def largest(self) -> float:
-        """The largest ratio that can come into force: what memory for the mask has to be kept for."""
+        """The largest ratio that a stage can have."""
         if self.r_max != "auto":
             return self.r_max
         return max(self.gate.ratios) if self.gate else 0.0
+
+    @property
+    def asked(self) -> float:
+        """The largest ratio that comes into force, the gate's among them: what memory is kept for."""
+        return max([self.largest, *(self.gate.ratios if self.gate else ())])
+
+    @property
+    def touches(self) -> list[Any]:
+        """JSON-ready: what decides which weights a ratio removes."""
+        return [list(self.tensors), [rule.model_dump() for rule in self.rules]]
 
     def stages_at(self, r_max: float) -> int:
         """How many stages the schedule has from `r_max` (one where the teacher is not masked)."""
         if not r_max or not self.restore:
             return 1
-        return round(r_max / self.step) + 1 if self.step else self.stages or 5
+        return math.ceil(r_max / self.step - 1e-9) + 1 if self.step else self.stages or 5
 
 
 class Model(Strict):

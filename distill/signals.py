@@ -74,7 +74,7 @@ class Signals:
             self._vocabulary(teacher),
             settings.k if settings.kind == "topk" else 0,
             facts={
-                "tensors": list(mask.tensors) if ratio and mask else [],
+                "tensors": mask.touches if ratio and mask else [],
                 "limits": [self.plan.data.max_pixels, self.plan.data.max_prompt_tokens],
             },
         )

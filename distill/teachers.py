@@ -111,7 +111,7 @@ def gate(
     if mask.gate is None:
         return Gated(teacher, mask.largest, notes=("no gate: r_max was not checked on this teacher",))
     ratios = sorted({*mask.gate.ratios, *(() if mask.r_max == "auto" else (mask.r_max,))})
-    identity = {**identity, "tensors": list(mask.tensors)}
+    identity = {**identity, "tensors": mask.touches}
     known = _known(record, identity)
     for ratio in ratios:
         if ratio not in known:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from distill import demo_recipe, recipe
+from distill import demo_recipe, masking, recipe
+from distill.settings import Gate, Mask
 from runtime.errors import InputError, StateError
 
 SHIPPED = sorted(path for path in recipe.RECIPES.glob("*.yaml") if path.stem != "demo")
@@ -216,6 +217,21 @@ def test_stages_follow_the_schedule(path: Path) -> None:
     mask = recipe.read(path).teachers[0].mask
     assert mask is not None
     assert (mask.largest, mask.stages_at(0.2), mask.stages_at(0.0)) == (0.2, 5, 1)
+    stepped = Mask(step=0.1, gate=Gate(ratios=(0.0, 0.25, 0.5)))
+    assert stepped.stages_at(0.25) == len(masking.schedule(0.25, 0.1)) == 4
+
+
+def test_memory_for_a_mask_is_that_of_its_gate() -> None:
+    assert Mask(r_max=0.2, gate=Gate(ratios=(0.0, 0.5))).asked == 0.5
+    assert Mask(r_max=0.2, gate=None).asked == 0.2
+
+
+def test_rules_say_which_tensors_a_mask_touches() -> None:
+    settings = {
+        "rules": [{"tensors": "*.down_proj.weight", "scale": 0.5}, {"tensors": "*.0.*", "scale": None}]
+    }
+    assert [rule.scale for rule in Mask.model_validate(settings).rules] == [0.5, None]
+    assert Mask.model_validate(settings).touches != Mask().touches, "another pool, another gate"
 
 
 # --- claiming ---------------------------------------------------------
