@@ -109,7 +109,7 @@ def demo(
     _require("report", ("jinja2", "matplotlib"))
     from rich.console import Console
 
-    from distill import demo_recipe, demo_run
+    from distill.demo import demo_recipe, demo_run
     from export import export_all
 
     settings = demo_recipe.read(demo_recipe.RECIPES / "demo.yaml", smoke=smoke, seed=seed)
@@ -185,8 +185,8 @@ def plan(
         raise InputError(f"--strategy: got {strategy}, expected ddp or fsdp")
     _require("distill", DISTILL_NEEDS)
     found = _recipe(recipe, settings)
-    from distill import plan_tables
-    from distill.plan import plan as reckon
+    from distill.planning import plan_tables
+    from distill.planning.plan import plan as reckon
 
     with _progress("plan") as progress:
         result = reckon(found, processes=processes, strategy=strategy, progress=progress)
@@ -228,7 +228,7 @@ def ablate(
     plan = _recipe(recipe, settings)
     from rich.console import Console
 
-    from distill import ablate as experiments
+    from distill.ablation import ablate as experiments
 
     wanted = tuple(experiment or experiments.EXPERIMENTS)
     for name in wanted:

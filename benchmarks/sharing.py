@@ -40,12 +40,14 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.interleaved import Figure, measure, table
-from distill import demo_recipe, fresh, tree
-from distill.encoding import Prompt
-from distill.features import Features, encode_images
-from distill.sampling import Sampling, sample
-from distill.tree import Group
-from distill.vqa import VqaData
+from distill import fresh
+from distill.demo import demo_recipe
+from distill.demo.vqa import VqaData
+from distill.forward import tree
+from distill.forward.features import Features, encode_images
+from distill.forward.sampling import Sampling, sample
+from distill.forward.tree import Group
+from distill.inputs.encoding import Prompt
 from evals import easy_vqa
 
 BASE = "tree"

@@ -1,7 +1,7 @@
 """What teachers and student score on held-out questions by the samples' own rules, asked greedily.
 
 In: validation data, engines. Out: the gate's curve of every teacher (METHOD 2) and accuracies to weigh
-teachers by; the student's validation accuracy. Not here: what the curve decides (`distill/teachers.py`).
+teachers by; the student's validation accuracy. Not here: what the curve decides (`masks/teachers.py`).
 
 A gate's answers are kept in sealed shards like a pool's: a run that goes on asks nothing twice.
 """
@@ -16,18 +16,21 @@ import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from distill import processes, questions, responses, teachers
-from distill.answering import Answering
-from distill.data import Dataset, Sample, SampleError, Skips
-from distill.encoding import Encoder
-from distill.engines import HfEngine
-from distill.judging import Rule, correct
+from distill.answers import responses
+from distill.answers.answering import Answering
+from distill.answers.engines import HfEngine
+from distill.answers.judging import Rule, correct
+from distill.answers.responses import Reference, Response
+from distill.forward.sampling import Sampling
+from distill.inputs import questions
+from distill.inputs.data import Dataset, Sample, SampleError, Skips
+from distill.inputs.encoding import Encoder
+from distill.losses.signal import kept_teachers
+from distill.masks import teachers
+from distill.masks.teachers import Gated
 from distill.models import Models
 from distill.recipe import Gate, Mask, Recipe
-from distill.responses import Reference, Response
-from distill.sampling import Sampling
-from distill.signal import kept_teachers
-from distill.teachers import Gated
+from distill.training import processes
 from runtime import files
 from runtime.errors import InputError, TrainingError
 

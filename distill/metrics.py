@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from distill import checkpoints, warnings
-from distill.loop import Log
-from distill.pool_statistics import Line
+from distill.answers.pool_statistics import Line
+from distill.masks.teachers import Gated, Phase
 from distill.recipe import Recipe
-from distill.teachers import Gated, Phase
+from distill.training import checkpoints, warnings
+from distill.training.loop import Log
 
 
 def collect(

@@ -1,7 +1,7 @@
 """The models of one process: teachers under their masks, the student and its reference.
 
 In: a recipe, Accelerate. Out: loaded models with how they read prompts. At most one teacher is whole in
-memory at a time. Not here: serving a model to other processes (`distill/answering.py`), training.
+memory at a time. Not here: serving a model to other processes (`distill/answers/answering.py`), training.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from distill import processes, recipe, sharing, student, tree
-from distill.data import Sample
-from distill.encoding import Encoder
-from distill.feature_store import FeatureStore
-from distill.masking import EMBEDDINGS, VISION, Masker, Rule
-from distill.parts import FrozenModel
-from distill.prompt_cache import CachedEncoder
+from distill import recipe
+from distill.forward import sharing, tree
+from distill.forward.feature_store import FeatureStore
+from distill.forward.sharing import Shape
+from distill.inputs.data import Sample
+from distill.inputs.encoding import Encoder
+from distill.inputs.prompt_cache import CachedEncoder
+from distill.masks.masking import EMBEDDINGS, VISION, Masker, Rule
 from distill.recipe import Recipe
-from distill.sharing import Shape
+from distill.training import processes, student
+from distill.training.parts import FrozenModel
 from runtime import files
 from runtime.errors import CheckpointError, InputError
 

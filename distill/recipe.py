@@ -1,7 +1,7 @@
 """The recipe of a distillation, as data: models, data, pool, judge, objective, training.
 
 In: a YAML file and `key=value` overrides. Out: a `Recipe`, its hash, and the claim of an output directory.
-Not here: the sections (`distill/settings.py`); doing it; the demo's recipe (`distill/demo_recipe.py`); what a
+Not here: the sections (`distill/settings.py`); doing it; the demo's recipe (`demo/demo_recipe.py`); what a
 checkpoint on disk really is (`distill/checks.py`). Paths are relative to the directory a command runs in.
 """
 

@@ -27,35 +27,28 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from distill import (
-    checkpoints,
-    checks,
-    loop,
-    metrics,
-    pool_statistics,
-    pooling,
-    processes,
-    questions,
-    recipe,
-    teachers,
-)
+from distill import checks, metrics, recipe
 from distill.account import Account
-from distill.answering import Answering, Judging
-from distill.batches import Question
-from distill.data import open_data
-from distill.feature_store import FeatureStore
+from distill.answers import pool_statistics, pooling
+from distill.answers.answering import Answering, Judging
+from distill.answers.pooling import Pooling
+from distill.forward.feature_store import FeatureStore
 from distill.gating import Gating
-from distill.kept_signal import KeptTeachers
-from distill.learner import Learner
+from distill.inputs import questions
+from distill.inputs.data import open_data
+from distill.losses.kept_signal import KeptTeachers
+from distill.losses.signals import Signals
+from distill.masks import teachers
+from distill.masks.teachers import ALL_TEACHERS, Gated, Phase
 from distill.models import Models
-from distill.optim import Optimizing
-from distill.parts import Context, FrozenModel
-from distill.pooling import Pooling
 from distill.recipe import Recipe
-from distill.signals import Signals
 from distill.stage_bar import StageBar
-from distill.steps import PoolSteps
-from distill.teachers import ALL_TEACHERS, Gated, Phase
+from distill.training import checkpoints, loop, processes
+from distill.training.batches import Question
+from distill.training.learner import Learner
+from distill.training.optim import Optimizing
+from distill.training.parts import Context, FrozenModel
+from distill.training.steps import PoolSteps
 from runtime import files
 
 STUDENT, METRICS, WORK = "student", "metrics.json", "work"

@@ -15,8 +15,8 @@ from distill.strict import Count, Positive, Rate, Share, Strict
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from distill.objective import Objective
-    from distill.presets import Preset
+    from distill.losses.objective import Objective
+    from distill.losses.presets import Preset
 
 Scorer = Literal["exact", "vqa", "anls", "relaxed", "choice", "numeric"]
 Weight = Annotated[float, Field(ge=0)]
@@ -296,7 +296,7 @@ class ObjectiveSettings(Strict):
     @property
     def switches(self) -> Objective:
         """The objective itself."""
-        from distill import presets
+        from distill.losses import presets
 
         try:
             return presets.objective(self.preset, dict(self.change))
@@ -315,7 +315,7 @@ class ObjectiveSettings(Strict):
 
     @property
     def _preset(self) -> Preset:
-        from distill.presets import PRESETS
+        from distill.losses.presets import PRESETS
 
         return PRESETS[self.preset]
 

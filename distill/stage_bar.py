@@ -1,6 +1,6 @@
 """A progress bar for one long stage; without a terminal, a line now and then.
 
-In: how far a stage is. Out: a rich console, usually on stderr. Not here: training's rates (`distill/bar.py`).
+In: how far a stage is. Out: a rich console, usually on stderr. Not here: training's rates (training/bar.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from distill.bar import rates
+from distill.training.bar import rates
 
 
 class StageBar:

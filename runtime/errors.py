@@ -4,7 +4,7 @@
     |-- BundleError     a bundle is damaged, incomplete or needs an operation this runtime does not know
     |-- CheckpointError a directory is no checkpoint, or one that cannot be handled
     |-- InputError      an image, question or option cannot be used
-    |   `-- SampleError     one sample of a data set (distill/data.py)
+    |   `-- SampleError     one sample of a data set (distill/inputs/data.py)
     |-- MissingExtra    an optional dependency is not installed
     |-- ParityError     an exported part does not reproduce the checkpoint
     |-- ServerError     a generation server stays broken or serves the wrong weights (evals/client.py)

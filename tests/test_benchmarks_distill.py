@@ -14,11 +14,11 @@ from transformers import AutoModelForImageTextToText
 
 from benchmarks.against import arm_generate, arm_loss, arm_ours, common, setup
 from benchmarks.against.common import Shape
-from distill import tree
-from distill.learner import Context, FrozenModel
-from distill.processes import Held
-from distill.steps import PoolSteps
-from distill.teachers import Phase
+from distill.forward import tree
+from distill.masks.teachers import Phase
+from distill.training.learner import Context, FrozenModel
+from distill.training.processes import Held
+from distill.training.steps import PoolSteps
 
 driver = importlib.import_module("benchmarks.distill")
 SHAPE = Shape(40, 6, 9, 2, distinct=5)

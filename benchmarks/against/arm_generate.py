@@ -30,9 +30,9 @@ from benchmarks.against import common
 from benchmarks.against.arm_ours import Encoded
 from benchmarks.against.common import Asked
 from benchmarks.interleaved import measure
-from distill import tree
-from distill.features import encode_images
-from distill.sampling import Sampling, sample
+from distill.forward import tree
+from distill.forward.features import encode_images
+from distill.forward.sampling import Sampling, sample
 
 Drawn = list[list[int]]
 

@@ -42,8 +42,8 @@ def plain(chunk: int) -> Loss:
 
 
 def ours(chunk: int) -> Loss:
-    from distill.heads import token_terms
-    from distill.signal import Head, LiveSignal
+    from distill.losses.heads import token_terms
+    from distill.losses.signal import Head, LiveSignal
 
     def head(weight_vh: Weight) -> torch.nn.Linear:
         linear = torch.nn.Linear(weight_vh.shape[1], weight_vh.shape[0], bias=False, device="meta")

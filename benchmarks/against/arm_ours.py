@@ -23,14 +23,15 @@ from transformers import AutoModelForImageTextToText
 
 from benchmarks.against import common
 from benchmarks.against.common import Asked, Record
-from distill import loop, processes, tree
-from distill.batches import Question, Scored
-from distill.encoding import Prompt
-from distill.learner import Context, FrozenModel
-from distill.objective import Objective
-from distill.optim import Optimizing
-from distill.steps import PoolSteps
-from distill.teachers import Phase
+from distill.forward import tree
+from distill.inputs.encoding import Prompt
+from distill.losses.objective import Objective
+from distill.masks.teachers import Phase
+from distill.training import loop, processes
+from distill.training.batches import Question, Scored
+from distill.training.learner import Context, FrozenModel
+from distill.training.optim import Optimizing
+from distill.training.steps import PoolSteps
 
 # The mean over response tokens of the JSD, as TRL's trainer with beta 0.5: nothing else.
 SWITCHES = Objective(rl=0.0, kl_beta=0.0, distill_weight=0.0, normaliser="token")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distill.encoding import Prompt
-from distill.tree import Group
-from distill.vqa import VqaData
+from distill.demo.vqa import VqaData
+from distill.forward.tree import Group
+from distill.inputs.encoding import Prompt
 
 QUESTIONS = ("what color is the circle?", "is there a red circle in the image?", "what is it")
 

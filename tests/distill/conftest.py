@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from distill.vqa import VqaData
+from distill.demo.vqa import VqaData
 from evals import easy_vqa
 from tests.checkpoints import write_smolvlm
 

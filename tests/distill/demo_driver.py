@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from distill import demo_recipe
+from distill.demo import demo_recipe
 
 TINY = {
     "data": {"validation_images": 12, "labelled_questions": 200},
@@ -33,7 +33,7 @@ def tiny() -> demo_recipe.Recipe:
 if __name__ == "__main__":  # workers import this module too: what is heavy stays here
     from rich.console import Console
 
-    from distill import demo_run
+    from distill.demo import demo_run
     from export import export_all
 
     console = Console(stderr=True)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distill.data import ImageSource, Sample
-from distill.encoding import Encoder, Prompt
-from distill.features import accepted
-from distill.tree import Group, Row
+from distill.forward.features import accepted
+from distill.forward.tree import Group, Row
+from distill.inputs.data import ImageSource, Sample
+from distill.inputs.encoding import Encoder, Prompt
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "square": ((64, 64),), "wide": ((96, 40),), "two": ((40, 100), (130, 130)), "text": (),

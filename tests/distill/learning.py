@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from distill import learner, processes
-from distill.data import ImageSource, Sample
-from distill.encoding import Encoder
-from distill.feature_store import FeatureStore
-from distill.learner import Context, FrozenModel
-from distill.objective import Objective
-from distill.steps import LabelSteps, Phase, PoolSteps, Question, Scored
-from distill.student import freeze
+from distill.forward.feature_store import FeatureStore
+from distill.inputs.data import ImageSource, Sample
+from distill.inputs.encoding import Encoder
+from distill.losses.objective import Objective
+from distill.training import learner, processes
+from distill.training.learner import Context, FrozenModel
+from distill.training.steps import LabelSteps, Phase, PoolSteps, Question, Scored
+from distill.training.student import freeze
 
 COLOURS = ("black", "blue", "green", "red")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.objective import Batch, Objective, Terms, dense_terms, masters
+from distill.losses.objective import Batch, Objective, Terms, dense_terms, masters
 
 
 def log_probs(generator: torch.Generator, tokens: int, vocabulary: int, scale: float = 2.0) -> torch.Tensor:

@@ -19,16 +19,17 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from distill import loop, processes, tree
-from distill.batches import Item, Question, Scored
-from distill.encoding import Prompt
-from distill.learner import Context, FrozenModel
-from distill.masking import Masker
-from distill.objective import Objective
-from distill.optim import Optimizing
-from distill.parts import PoolPart, Totals
+from distill.forward import tree
+from distill.inputs.encoding import Prompt
+from distill.losses.objective import Objective
+from distill.masks.masking import Masker
 from distill.settings import Train
-from distill.student import checkpointed, freeze, with_lora
+from distill.training import loop, processes
+from distill.training.batches import Item, Question, Scored
+from distill.training.learner import Context, FrozenModel
+from distill.training.optim import Optimizing
+from distill.training.parts import PoolPart, Totals
+from distill.training.student import checkpointed, freeze, with_lora
 from tests.distill.planning import Case, prompt, sample
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoProcessor
 
-from distill.data import Sample
-from distill.encoding import Encoder, Prompt
-from distill.plan_data import blank_prompt
+from distill.inputs.data import Sample
+from distill.inputs.encoding import Encoder, Prompt
+from distill.planning.plan_data import blank_prompt
 from distill.recipe import Recipe
 
 

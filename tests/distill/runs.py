@@ -22,12 +22,14 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from distill import judging, recipe, run, sharing, strict, tree
-from distill.data import ImageSource, Sample
-from distill.encoding import Encoder
-from distill.engines import HfEngine
+from distill import recipe, run, strict
+from distill.answers import judging
+from distill.answers.engines import HfEngine
+from distill.forward import sharing, tree
+from distill.forward.sampling import Sampling
+from distill.inputs.data import ImageSource, Sample
+from distill.inputs.encoding import Encoder
 from distill.recipe import Recipe
-from distill.sampling import Sampling
 from evals import judge, scorers
 from runtime import files
 from tests.checkpoints import FAMILIES

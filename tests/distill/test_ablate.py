@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from distill import ablate, ablate_arms, ablate_page, ablate_report, recipe, strict
-from distill.ablate_arms import Comparison, Settings
-from distill.ablate_jobs import RESULT, Place
-from distill.ablate_report import ArmResult, Compared, Results
+from distill import recipe, strict
+from distill.ablation import ablate, ablate_arms, ablate_page, ablate_report
+from distill.ablation.ablate_arms import Comparison, Settings
+from distill.ablation.ablate_jobs import RESULT, Place
+from distill.ablation.ablate_report import ArmResult, Compared, Results
 from distill.recipe import Recipe
 from evals import paired
 from runtime.errors import InputError, StateError
@@ -53,7 +54,8 @@ def test_an_arm_differs_in_what_it_says() -> None:
 
 
 def test_without_masks_the_stages_are_the_same_and_no_weight_is_masked(tiny_checkpoint: Path) -> None:
-    from distill import masking, models, teachers
+    from distill import models
+    from distill.masks import masking, teachers
 
     masked, plain = made_of(DIGITS, "control").teachers, made_of(DIGITS, "naive").teachers
     assert masked[0].mask is not None and plain[0].mask is not None
@@ -68,7 +70,7 @@ def test_without_masks_the_stages_are_the_same_and_no_weight_is_masked(tiny_chec
 def test_r_distill_alone_is_r_distill_alone() -> None:
     import torch
 
-    from distill import rewards
+    from distill.losses import rewards
 
     switches, base = made_of(DIGITS, "r-distill").objective.switches, DIGITS.objective.switches
     correct, close = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0.2, 1.0, 0.0, 0.7])

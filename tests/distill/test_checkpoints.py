@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from distill import checkpoints, learner, loop, optim, processes, tree
-from distill.encoding import Encoder
-from distill.feature_store import FeatureStore
-from distill.student import adapters_off, freeze, with_lora
+from distill.forward import tree
+from distill.forward.feature_store import FeatureStore
+from distill.inputs.encoding import Encoder
+from distill.training import checkpoints, learner, loop, optim, processes
+from distill.training.student import adapters_off, freeze, with_lora
 from runtime import files
 from runtime.errors import InputError, StateError, TrainingError
 from tests.checkpoints import FAMILIES
@@ -400,7 +401,7 @@ def test_bf16_computes_over_float32_weights(student: Path, tmp_path: Path) -> No
 
 
 def test_gradient_checkpointing_changes_nothing(student: Path, tmp_path: Path) -> None:
-    from distill.student import checkpointed
+    from distill.training.student import checkpointed
 
     found = []
     for name in ("plain", "checkpointed"):

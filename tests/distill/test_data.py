@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill import data, readers
-from distill.data import Dataset, Sample, SampleError, Skips
+from distill.inputs import data, readers
+from distill.inputs.data import Dataset, Sample, SampleError, Skips
 from distill.recipe import Source
 from runtime.errors import InputError, TrainingError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill import demo_recipe, demo_report
+from distill.demo import demo_recipe, demo_report
 from runtime.errors import StateError
 from runtime.files import Ledger
 from tests.distill.demo_driver import tiny

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill import checkpoints
+from distill.training import checkpoints
 from tests.checkpoints import FAMILIES
 from tests.distill import learning, worker
 

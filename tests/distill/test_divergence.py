@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.divergence import KINDS, check_kind, divergence_t, flow_tv, jsd_t, kl_t, most_nats
+from distill.losses.divergence import KINDS, check_kind, divergence_t, flow_tv, jsd_t, kl_t, most_nats
 from tests.distill.loss_cases import log_probs
 
 LN2 = math.log(2)
@@ -64,7 +64,7 @@ def test_kl_is_never_negative(seed: int) -> None:
 
 
 def slow(p: list[float], q: list[float], kind: str, a: float) -> float:
-    """The table of `distill/divergence.py` in plain Python; p is the teacher."""
+    """The table of `distill/losses/divergence.py` in plain Python; p is the teacher."""
 
     def kl(x: list[float], y: list[float]) -> float:
         return sum(i * math.log(i / j) for i, j in zip(x, y, strict=True) if i > 0)

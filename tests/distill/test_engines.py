@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import probe
-from distill.data import Sample
-from distill.encoding import Encoder
-from distill.engines import Drawn, HfEngine, OpenAIEngine
-from distill.images import ImageSource
-from distill.sampling import Sampling
+from distill.answers import probe
+from distill.answers.engines import Drawn, HfEngine, OpenAIEngine
+from distill.forward.sampling import Sampling
+from distill.inputs.data import Sample
+from distill.inputs.encoding import Encoder
+from distill.inputs.images import ImageSource
 from evals.client import Choice, Client, ServerError
 from runtime.errors import InputError
 from tests.distill.model_server import vllm_answers

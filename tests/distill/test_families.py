@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from distill import layout, sharing, tree
-from distill.encoding import Encoder
-from distill.sampling import Sampling
-from distill.sampling import sample as draw
-from distill.tree import Group, Row
+from distill.forward import layout, sharing, tree
+from distill.forward.sampling import Sampling
+from distill.forward.sampling import sample as draw
+from distill.forward.tree import Group, Row
+from distill.inputs.encoding import Encoder
 from runtime.errors import CheckpointError, InputError, TrainingError
 from tests.checkpoints import FAMILIES
 from tests.distill import families

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill import heads
-from distill.divergence import KINDS
-from distill.heads import token_terms
-from distill.objective import Objective, TokenTerms, dense_terms, masters
-from distill.signal import DenseSignal, Head, LiveSignal, Mixture
+from distill.losses import heads
+from distill.losses.divergence import KINDS
+from distill.losses.heads import token_terms
+from distill.losses.objective import Objective, TokenTerms, dense_terms, masters
+from distill.losses.signal import DenseSignal, Head, LiveSignal, Mixture
 from runtime.errors import TrainingError
 from tests.distill.loss_cases import case
 from tests.distill.peak import Peak

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from distill import judging, probe
-from distill.data import Sample, SampleError
-from distill.encoding import Encoder
-from distill.engines import HfEngine
-from distill.images import ImageSource
-from distill.judging import Rule
-from distill.responses import Reference, Response
+from distill.answers import judging, probe
+from distill.answers.engines import HfEngine
+from distill.answers.judging import Rule
+from distill.answers.responses import Reference, Response
+from distill.inputs.data import Sample, SampleError
+from distill.inputs.encoding import Encoder
+from distill.inputs.images import ImageSource
 from evals import judge_audit
 from evals.client import Client, ServerError
 from evals.judge import Judge, Verdict

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from distill.lm_head import Head
+from distill.losses.lm_head import Head
 from runtime.errors import CheckpointError
 
 SIZES = {

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from distill import checkpoints, loop, optim
-from distill.vqa import VqaData
+from distill.demo.vqa import VqaData
+from distill.training import checkpoints, loop, optim
 from runtime import files
 from runtime.errors import TrainingError
 from tests.distill import training

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distill import magnitudes, masking
-from distill.masking import Masker, Rule
+from distill.masks import magnitudes, masking
+from distill.masks.masking import Masker, Rule
 from runtime.errors import CheckpointError
 
 RATIOS = st.integers(0, 50).map(lambda percent: percent / 100)

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForImageTextToText
 
-from distill.masking import Masker
-from distill.materialised import materialised
+from distill.masks.masking import Masker
+from distill.masks.materialised import materialised
 from runtime.errors import CheckpointError
 
 RATIOS = (0.5, 0.13, 0.0, 0.29, 0.5, 0.0)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from distill.masking import Masker
-from distill.materialised import RECORD, materialised
+from distill.masks.masking import Masker
+from distill.masks.materialised import RECORD, materialised
 from runtime import files
 from runtime.errors import StateError
 from tests.distill.test_masking import experts, resident
@@ -121,7 +121,7 @@ def test_a_disk_that_is_too_small(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("distill.materialised.save_file", full)
+        patch.setattr("distill.masks.materialised.save_file", full)
         with pytest.raises(StateError, match=r"served: cannot be written .*No space left.*make room"):
             materialised(masker, processor, tmp_path / "served", "tiny").__enter__()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill import objective, rewards
-from distill.divergence import jsd_t
-from distill.objective import Batch, Objective, TokenTerms, dense_terms, masters, weight_part
+from distill.losses import objective, rewards
+from distill.losses.divergence import jsd_t
+from distill.losses.objective import Batch, Objective, TokenTerms, dense_terms, masters, weight_part
 from runtime.errors import TrainingError
 from tests.distill.loss_cases import Case, case
 

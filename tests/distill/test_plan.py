@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from distill import plan, plan_tables, symbolic
-from distill.masking import Masker
+from distill.masks.masking import Masker
+from distill.planning import plan, plan_tables, symbolic
 from distill.recipe import Recipe
 from tests.checkpoints import FAMILIES
 from tests.distill.planning import Case

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from distill import objective, plans, pool, tree
-from distill.masking import LANGUAGE, VISION, Masker
-from distill.objective import Objective
-from distill.vqa import VqaData, shifted
+from distill.demo import plans, pool
+from distill.demo.vqa import VqaData, shifted
+from distill.forward import tree
+from distill.losses import objective
+from distill.losses.objective import Objective
+from distill.masks.masking import LANGUAGE, VISION, Masker
 from evals import scorers
 from tests.distill import training
 

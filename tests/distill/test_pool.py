@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from distill import pool, tree
-from distill.pool import Response, Row
-from distill.sampling import Sampling
-from distill.vqa import VqaData
+from distill.demo import pool
+from distill.demo.pool import Response, Row
+from distill.demo.vqa import VqaData
+from distill.forward import tree
+from distill.forward.sampling import Sampling
 from evals import scorers
 from runtime.errors import StateError
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill import presets
-from distill.divergence import divergence_t
-from distill.objective import Objective
-from distill.presets import PRESETS
-from distill.rewards import response_mean
+from distill.losses import presets
+from distill.losses.divergence import divergence_t
+from distill.losses.objective import Objective
+from distill.losses.presets import PRESETS
+from distill.losses.rewards import response_mean
 from runtime.errors import InputError
 from tests.distill.loss_cases import case
 

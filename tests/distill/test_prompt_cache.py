@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
-from distill.data import Sample
-from distill.encoding import Encoder, Prompt
-from distill.images import ImageSource
-from distill.prompt_cache import CachedEncoder
+from distill.inputs.data import Sample
+from distill.inputs.encoding import Encoder, Prompt
+from distill.inputs.images import ImageSource
+from distill.inputs.prompt_cache import CachedEncoder
 from runtime.errors import InputError
 
 

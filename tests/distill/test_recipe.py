@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from distill import demo_recipe, masking, recipe
+from distill import recipe
+from distill.demo import demo_recipe
+from distill.masks import masking
 from distill.settings import Gate, Mask
 from runtime.errors import InputError, StateError
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from distill import partial, pool_statistics, responses, shards
-from distill.data import Dataset, Sample, SampleError, Skips
-from distill.encoding import Encoder
-from distill.engines import Engine, HfEngine, OpenAIEngine
-from distill.partial import Partial
-from distill.pool_statistics import Part
-from distill.responses import Pool, Response
-from distill.sampling import Sampling
+from distill.answers import partial, pool_statistics, responses, shards
+from distill.answers.engines import Engine, HfEngine, OpenAIEngine
+from distill.answers.partial import Partial
+from distill.answers.pool_statistics import Part
+from distill.answers.responses import Pool, Response
+from distill.forward.sampling import Sampling
+from distill.inputs.data import Dataset, Sample, SampleError, Skips
+from distill.inputs.encoding import Encoder
 from evals.client import Client, ServerError
 from runtime.errors import StateError, TrainingError
 from tests.distill import test_engines
@@ -49,7 +49,7 @@ class Few:
 
 
 def dataset(broken: bool = False) -> Dataset:
-    from distill.data import Part as Source
+    from distill.inputs.data import Part as Source
 
     source: Any = SimpleNamespace(scorer=None, start=0, limit=None, labels="all")
     return Dataset("few", [Source("few", Few(broken), source, 0)])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.rewards import advantages, distill_reward, likelihood_weights, response_mean, response_sum
+from distill.losses.rewards import advantages, distill_reward, likelihood_weights, response_mean, response_sum
 
 SEEDS = st.integers(0, 2**31 - 1)
 

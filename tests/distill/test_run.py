@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from distill import pool_statistics, pooling, run
+from distill import run
+from distill.answers import pool_statistics, pooling
 from distill.recipe import Recipe
 from evals import judge_audit
 from runtime.errors import CheckpointError, InputError, StateError, TrainingError
@@ -366,7 +367,7 @@ def test_teachers_that_grow(world: World, tmp_path: Path) -> None:
 
 def test_teachers_at_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed weights, weights by accuracy on held-out questions, and random drop differ as they should."""
-    from distill import parts
+    from distill.training import parts
 
     used: list[tuple[float, ...]] = []
     original = parts.PoolPart.__init__
@@ -405,7 +406,7 @@ def test_kept_signal(
 ) -> None:  # fmt: skip
     """No teacher runs in a step; hidden states give what the live teacher gives, top-k nearly, within its
     bound; the second pass reads what the first one did."""
-    from distill import learner, loop
+    from distill.training import learner, loop
 
     stepping: list[bool] = [False]
     one, signal = loop._Run._one, learner.FrozenModel.signal

@@ -125,16 +125,16 @@ def test_cut_at_every_file_of_everything(
 # --- SIGKILL --------------------------------------------------------------
 
 MOMENTS = {
-    "gate": ("distill.engines:HfEngine", "_draw_batch", 1),
-    "pool": ("distill.engines:HfEngine", "_draw_batch", 4),
-    "student drawing": ("distill.pooling:Pooling", "_student_made", 1),
+    "gate": ("distill.answers.engines:HfEngine", "_draw_batch", 1),
+    "pool": ("distill.answers.engines:HfEngine", "_draw_batch", 4),
+    "student drawing": ("distill.answers.pooling:Pooling", "_student_made", 1),
     "judging": ("evals.judge:Cache", "add", 2),
     "second call of the judge": ("evals.judge:Judge", "_generate", 3),
-    "signal": ("distill.signal_store:SignalStore", "seal", 1),
-    "inside the signal": ("distill.kept_signal", "_block", 2),
-    "step": ("distill.loop:_Run", "_clip", 5),
+    "signal": ("distill.losses.signal_store:SignalStore", "seal", 1),
+    "inside the signal": ("distill.losses.kept_signal", "_block", 2),
+    "step": ("distill.training.loop:_Run", "_clip", 5),
     "validation": ("distill.gating:Gating", "validate", 1),
-    "saving a state": ("distill.checkpoints", "publish", 3),
+    "saving a state": ("distill.training.checkpoints", "publish", 3),
     "the end": ("distill.metrics", "collect", 0),
 }
 
@@ -206,7 +206,7 @@ def test_two_processes(world: World, tmp_path: Path, way: str, signal_kind: str)
 def test_going_on_in_another_number_of_processes(
     world: World, whole: Result, tmp_path: Path, way: str, worlds: tuple[int, int]
 ) -> None:
-    for place in (("distill.engines:HfEngine", "_draw_batch", 2), (*MOMENTS["step"][:2], 3)):
+    for place in (("distill.answers.engines:HfEngine", "_draw_batch", 2), (*MOMENTS["step"][:2], 3)):
         out = tmp_path / place[1]
         codes = runs.launch(runs.plan(world), out, world=worlds[0], way=WAYS[way], kill_in=place)
         assert -signal.SIGKILL in codes

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from distill import run
-from distill.partial import Partial
+from distill.answers.partial import Partial
 from distill.recipe import Recipe
 from tests.distill import runs
 from tests.distill.runs import Result, World
@@ -108,12 +108,12 @@ def test_kill_9_in_mid_pool(world: World, tmp_path: Path, monkeypatch: pytest.Mo
     """The server dies with the run. What it had answered is asked for only once, over both lives."""
     out = tmp_path / "out"
     settings = plan(world, "pool.teacher_responses=4", "pool.engine.concurrency=1")
-    codes = runs.launch(settings, out, kill_in=("distill.partial:Partial", "add", 5), seconds=600)
+    codes = runs.launch(settings, out, kill_in=("distill.answers.partial:Partial", "add", 5), seconds=600)
     assert codes == [-signal.SIGKILL]
     before = kept(out / "work" / "pool")
     assert before.total() == 5, "five answers had arrived"
     asked: list[tuple[int, int]] = []
-    from distill import shards
+    from distill.answers import shards
 
     original = shards._Arrivals.keep
 
@@ -136,7 +136,7 @@ def test_a_server_judges(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
     judge = {"kind": "model", "by": "server", "command": COMMAND, "model": world.teacher(), "concurrency": 2}
     settings = plan(world, "pool.engine={kind: hf}", judge=judge)
-    codes = runs.launch(settings, out, kill_in=("distill.loop:_Run", "_clip", 0), seconds=900)
+    codes = runs.launch(settings, out, kill_in=("distill.training.loop:_Run", "_clip", 0), seconds=900)
     assert codes == [-signal.SIGKILL]
     log = out / "work" / "server-judge.log"
     starts = log.read_text().count("$ ")

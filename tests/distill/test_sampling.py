@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from distill import tree
-from distill.encoding import Prompt
-from distill.sampling import Drawer, Sampling, sample
-from distill.tree import Group, Row
-from distill.vqa import VqaData
+from distill.demo.vqa import VqaData
+from distill.forward import tree
+from distill.forward.sampling import Drawer, Sampling, sample
+from distill.forward.tree import Group, Row
+from distill.inputs.encoding import Prompt
 from tests.distill.asking import QUESTIONS, ask
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from distill.server import Server
+from distill.answers.server import Server
 from evals.client import ServerError
 from runtime.errors import InputError
 
@@ -122,7 +122,7 @@ def test_a_server_that_stays_mute(start: Callable[..., Server], tmp_path: Path) 
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(ServerError, match=r"has not answered for 1 s; .*server\.log ends: loading a model"),
     ):
-        patch.setattr("distill.server.SAY_SECONDS", 0.2)
+        patch.setattr("distill.answers.server.SAY_SECONDS", 0.2)
         mute.start()
     assert told and "waiting for the server" in told[0]
     assert alive(pids(tmp_path)) == []
@@ -168,7 +168,7 @@ def test_it_dies_with_its_stage(start: Callable[..., Server], tmp_path: Path) ->
     script = f"""
         import os, signal, sys
         from pathlib import Path
-        from distill.server import Server
+        from distill.answers.server import Server
         here = Path({str(tmp_path)!r})
         command = f"{{sys.executable}} {{here}}/serve.py {{{{checkpoint}}}} {{{{port}}}} stubborn"
         Server(command, "m", here / "log", stop_seconds=0.3).start()

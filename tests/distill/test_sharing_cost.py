@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedModel
 
-from distill.sharing import Shape, by_cost
-from distill.tree import NAIVE, PREFIX, TREE
+from distill.forward.sharing import Shape, by_cost
+from distill.forward.tree import NAIVE, PREFIX, TREE
 
 
 def test_long_responses_go_to_the_prefix_cache(tiny_model: PreTrainedModel) -> None:

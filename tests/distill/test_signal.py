@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distill import signal
-from distill.divergence import divergence_t, jsd_t
-from distill.lm_head import log_softmax_
-from distill.signal import Approximation, DenseSignal, LiveSignal, Mixture, TopKSignal, approximation
+from distill.losses import signal
+from distill.losses.divergence import divergence_t, jsd_t
+from distill.losses.lm_head import log_softmax_
+from distill.losses.signal import Approximation, DenseSignal, LiveSignal, Mixture, TopKSignal, approximation
 from runtime.errors import TrainingError
 from tests.distill.loss_cases import log_probs
 

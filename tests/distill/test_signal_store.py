@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from distill import signal_store
-from distill.heads import token_terms
-from distill.lm_head import Head
-from distill.objective import Objective, masters
-from distill.signal import DenseSignal, LiveSignal, TopKSignal, approximation
-from distill.signal_store import Key, SignalStore, checkpoint_hash, entry_key, state_hash
+from distill.losses import signal_store
+from distill.losses.heads import token_terms
+from distill.losses.lm_head import Head
+from distill.losses.objective import Objective, masters
+from distill.losses.signal import DenseSignal, LiveSignal, TopKSignal, approximation
+from distill.losses.signal_store import Key, SignalStore, checkpoint_hash, entry_key, state_hash
 from runtime import files
 from runtime.errors import CheckpointError, StateError
 from tests.distill.loss_cases import case

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from distill import batches, presets, tree
-from distill.encoding import Encoder
-from distill.objective import Objective
-from distill.parts import PoolPart
+from distill.forward import tree
+from distill.inputs.encoding import Encoder
+from distill.losses import presets
+from distill.losses.objective import Objective
+from distill.training import batches
+from distill.training.parts import PoolPart
 from tests.checkpoints import FAMILIES
 from tests.distill import learning
 

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from distill import teachers
-from distill.masking import Masker
+from distill.masks import teachers
+from distill.masks.masking import Masker
+from distill.masks.teachers import Phase, Point, decide, gate, phases, ratios
 from distill.settings import Gate, Mask, Teacher
-from distill.teachers import Phase, Point, decide, gate, phases, ratios
 from runtime.errors import StateError, TrainingError
 
 ASKED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)

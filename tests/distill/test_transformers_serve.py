@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from distill import probe, responses
-from distill.encoding import Encoder
-from distill.engines import HfEngine, OpenAIEngine
-from distill.partial import Partial
-from distill.sampling import Sampling
-from distill.server import Server
+from distill.answers import probe, responses
+from distill.answers.engines import HfEngine, OpenAIEngine
+from distill.answers.partial import Partial
+from distill.answers.server import Server
+from distill.forward.sampling import Sampling
+from distill.inputs.encoding import Encoder
 from evals.client import Client, ServerError
 from tests.distill.test_engines import chat_of, sample, samples
 from tests.distill.test_responses import dataset, draw, total
@@ -166,8 +166,8 @@ def test_kill_9_in_the_middle_of_a_shard(
     script = f"""
         from pathlib import Path
         from transformers import AutoProcessor
-        from distill.encoding import Encoder
-        from distill.engines import OpenAIEngine
+        from distill.inputs.encoding import Encoder
+        from distill.answers.engines import OpenAIEngine
         from evals.client import Client
         from tests.distill.test_responses import draw
         from tests.distill.test_transformers_serve import SAMPLING

@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill import tree
-from distill.encoding import Prompt
-from distill.tree import Group, Row
-from distill.vqa import VqaData
+from distill.demo.vqa import VqaData
+from distill.forward import tree
+from distill.forward.tree import Group, Row
+from distill.inputs.encoding import Prompt
 from tests.distill.asking import QUESTIONS, ask
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from distill import tree, visual_drop
-from distill.encoding import Encoder
-from distill.features import encode_images, image_token
-from distill.learner import Context, FrozenModel
-from distill.objective import Objective
-from distill.parts import PoolPart, Totals
-from distill.processes import Held
+from distill.forward import tree, visual_drop
+from distill.forward.features import encode_images, image_token
+from distill.forward.tree import Group
+from distill.forward.visual_drop import choose, cost, drop, scores, watch
+from distill.inputs.encoding import Encoder
+from distill.losses.objective import Objective
 from distill.settings import SignalSettings
-from distill.tree import Group
-from distill.visual_drop import choose, cost, drop, scores, watch
+from distill.training.learner import Context, FrozenModel
+from distill.training.parts import PoolPart, Totals
+from distill.training.processes import Held
 from runtime.errors import TrainingError
 from tests.checkpoints import FAMILIES
 from tests.distill import families

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import ProcessorMixin
 
-from distill import vqa
-from distill.features import Features
-from distill.vqa import VqaData
+from distill.demo import vqa
+from distill.demo.vqa import VqaData
+from distill.forward.features import Features
 from evals import easy_vqa
 from evals.easy_vqa import Question
 

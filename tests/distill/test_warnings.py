@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from distill import warnings
-from distill.warnings import WINDOW, Sign
+from distill.training import warnings
+from distill.training.warnings import WINDOW, Sign
 
 
 def log(steps: int, **columns: Any) -> list[dict[str, float]]:

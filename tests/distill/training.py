@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from distill import loop, plans, pool
-from distill.masking import Masker
-from distill.objective import Objective
-from distill.pool import Row
-from distill.sampling import Sampling
-from distill.vqa import VqaData
+from distill.demo import plans, pool
+from distill.demo.pool import Row
+from distill.demo.vqa import VqaData
+from distill.forward.sampling import Sampling
+from distill.losses.objective import Objective
+from distill.masks.masking import Masker
+from distill.training import loop
 from evals import easy_vqa, scorers
 
 IMAGES = range(10)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from distill import checkpoints, loop, optim, processes, tree
+from distill.forward import tree
+from distill.training import checkpoints, loop, optim, processes
 from tests.distill import learning
 
 
@@ -54,7 +55,7 @@ def fit(arguments: Mapping[str, Any]) -> dict[str, Any]:
     pool = _pool(arguments, accelerator)
     model = pool.model
     if lora := arguments.get("lora"):
-        from distill.student import with_lora
+        from distill.training.student import with_lora
 
         torch.manual_seed(3)
         model = with_lora(model, 4, 8.0, "all-linear" if lora is True else lora)

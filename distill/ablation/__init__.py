@@ -1,0 +1,1 @@
+"""The method's first experiments from one recipe, over seeds."""

@@ -1,0 +1,1 @@
+"""Who answers and who judges: models of this process or servers; the pool on disk."""

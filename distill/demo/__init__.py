@@ -1,0 +1,1 @@
+"""The demo: from nothing to trained students on easy-VQA."""

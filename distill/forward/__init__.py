@@ -1,0 +1,1 @@
+"""Hidden states and drawn responses with shared prefixes, for any model family."""

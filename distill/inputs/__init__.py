@@ -1,0 +1,1 @@
+"""Questions with pictures: read from any source, prepared by a checkpoint's own processor."""

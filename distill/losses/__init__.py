@@ -1,0 +1,1 @@
+"""Rewards, divergences, the objective, LM heads in chunks, what teachers say."""

@@ -1,0 +1,1 @@
+"""Masked teachers: exact, nested, restored; the gate that says how far."""

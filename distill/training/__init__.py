@@ -1,0 +1,1 @@
+"""Steps, micro-batches, the loop on Accelerate, states that any number of processes can continue."""
