@@ -165,7 +165,7 @@ def test_an_ablation_from_nothing_to_its_report(whole: Path) -> None:
     [main] = [one for one in found["compared"] if one["comparison"]["main"]]
     pairs = zip(arms["control"]["accuracy"], arms["masters"]["accuracy"], strict=True)
     assert main["differences"] == pytest.approx([after - before for before, after in pairs])
-    growth = json.loads((whole / "seed-0" / "growth" / "metrics.json").read_text())
+    growth = json.loads((whole / "seed-10" / "growth" / "metrics.json").read_text())
     assert {phase["teacher"] for phase in growth["phases"]} == {0, 1}
 
 
@@ -182,10 +182,10 @@ def test_the_page_is_one_file_and_the_markdown_has_the_same_figures(whole: Path)
 
 
 def test_arms_of_a_seed_share_pools_and_students(whole: Path) -> None:
-    pools = sorted(path.name for path in (whole / "seed-1" / "shared" / "pool").iterdir())
+    pools = sorted(path.name for path in (whole / "seed-11" / "shared" / "pool").iterdir())
     assert len(pools) == 2  # the large teacher at two ratios, drawn once for Masters and its control
     first = [
-        json.loads((whole / "seed-1" / arm / "metrics.json").read_text()) for arm in ("masters", "control")
+        json.loads((whole / "seed-11" / arm / "metrics.json").read_text()) for arm in ("masters", "control")
     ]
     teacher = [[line for line in one["pool"] if line["source"] == "teacher"] for one in first]
     assert teacher[0] == teacher[1]
@@ -193,7 +193,7 @@ def test_arms_of_a_seed_share_pools_and_students(whole: Path) -> None:
 
 def test_a_lost_result_is_made_again_and_nothing_else(whole: Path) -> None:
     before = results(whole)
-    lost = whole / "seed-1" / "control" / RESULT
+    lost = whole / "seed-11" / "control" / RESULT
     lost.unlink()
     _, said = run(whole, ("rewards", "growth"))
     assert said.count("%") == 1 and "control, seed 1" in said
