@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
@@ -33,10 +34,6 @@ from distill.recipe import Recipe
 from evals import judge, scorers
 from runtime import files
 from tests.checkpoints import FAMILIES
-
-judging.in_process.__kwdefaults__["max_new_tokens"] = 4
-judge.parse_score = lambda text: len(text) % 2  # type: ignore[assignment]
-"""The tiny judges know nothing; they shall at least be quick, and find some responses right."""
 
 QUESTIONS = ("what color is the shape?", "is there a red circle in the image?")
 TOKENS = 4
@@ -262,6 +259,15 @@ def kill_in(owner: str, name: str, call: int) -> None:
     setattr(place, name, replaced)
 
 
+@contextlib.contextmanager
+def quick_judges() -> Iterator[None]:
+    """The tiny judges know nothing; they shall at least be quick, and find some responses right."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(judging.in_process.__kwdefaults__, "max_new_tokens", 4)
+        patch.setattr(judge, "parse_score", lambda text: len(text) % 2)
+        yield
+
+
 # --- processes ----------------------------------------------------------
 
 FORKS = multiprocessing.get_context("forkserver")  # a fresh process that has imported everything already
@@ -277,6 +283,7 @@ def _process(environment: Mapping[str, str], settings: str, out: Path, arguments
     os.dup2(stream.fileno(), 2)
     read = recipe.Recipe.model_validate_json(settings)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quick_judges())
         if "kill_in" in arguments and rank == str(arguments.get("rank", 0)):
             kill_in(*arguments["kill_in"])
         if "kill_file" in arguments and rank == str(arguments.get("rank", 0)):

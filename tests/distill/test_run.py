@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ from tests.distill import runs
 from tests.distill.runs import Result, World
 
 slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def judges() -> Iterator[None]:
+    with runs.quick_judges():
+        yield
 
 
 @pytest.fixture(scope="module")

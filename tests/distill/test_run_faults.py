@@ -6,6 +6,7 @@ Run again, each ends with the weights and the log that it would have had, bit fo
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,12 @@ slow = pytest.mark.slow
 WAYS = {"ddp": DDP, "fsdp2": FSDP2}
 ADAM = 5e-2
 """Adam divides by the gradient's size: where that is rounding, so is the update."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def judges() -> Iterator[None]:
+    with runs.quick_judges():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from tests.distill.runs import Result, World
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 COMMAND = f"{Path(sys.executable).parent}/transformers serve {{checkpoint}} --port {{port}} --device cpu"
 SERVED = {"kind": "openai", "command": COMMAND, "concurrency": 2, "timeout_seconds": 60}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def judges() -> Iterator[None]:
+    with runs.quick_judges():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -91,10 +91,10 @@ def test_the_bound_holds_for_any_student(seed: int, k: int, scale: float, nearne
     for one in (student, exact, kept):
         true, measured = jsd_t(one, exact), jsd_t(one, kept)
         whole = approximation(exact, kept, k)
-        assert abs(true.mean() - measured.mean()) <= whole.bound(measured.mean().item()) + 1e-6
+        assert abs(true.mean() - measured.mean()) <= whole.bound(measured.mean().item()) + 1e-5
         for t in range(6):
             error = approximation(exact[t : t + 1], kept[t : t + 1], k)
-            assert abs(true[t] - measured[t]) <= error.bound(measured[t].item()) + 1e-6
+            assert abs(true[t] - measured[t]) <= error.bound(measured[t].item()) + 1e-5
 
 
 @settings(max_examples=20, deadline=None)
