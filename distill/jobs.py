@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import time
@@ -72,7 +71,7 @@ class Workers:
     def __init__(self, count: int | None = None) -> None:
         self.count = count or max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1))
         context = multiprocessing.get_context("spawn")
-        self._ticks = context.Queue()
+        self._ticks = context.SimpleQueue()  # put returns when it is written: no tick comes after its result
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._pool = ProcessPoolExecutor(
             self.count, mp_context=context, initializer=_start, initargs=(self._ticks, os.getpid())
@@ -96,6 +95,8 @@ class Workers:
                     on_memory(resident_mib())
                     measure_at = time.monotonic() + MEMORY_SECONDS
                 _raise_first(futures)
+            for tick in _drain(self._ticks):
+                on_tick(tick)
             _raise_first(futures)
             return [future.result() for future in futures]
         except BaseException:
@@ -128,9 +129,8 @@ def resident_mib() -> float:
 
 
 def _drain(ticks: Any) -> Iterator[Tick]:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            yield ticks.get_nowait()
+    while not ticks.empty():
+        yield ticks.get()
 
 
 def _raise_first(futures: Sequence[Future[Any]]) -> None:
