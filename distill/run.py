@@ -257,8 +257,7 @@ class _Job:
             processor=self.models.encoder.processor,
             norms_every=NORMS_EVERY,
             seed=self.plan.seed,
-            progress=self.bar("train").figures,
-            warn=lambda sign: self.say(f"warning: {sign}"),
+            console=self.console,
         )
 
     # --- the end ------------------------------------------------------

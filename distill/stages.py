@@ -12,21 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress
 
+from distill import stage_bar
 from distill.jobs import Job, Tick, Workers, resident_mib
 from runtime.files import Ledger
 
 SHOWN = ("loss", "divergence", "r_acc")
-LOG_SECONDS = 30
-"""Where the output is no terminal, a line this often says how far the running job is."""
 
 
 class Stages:
@@ -46,7 +38,7 @@ class Stages:
                 return
         self._peak = resident_mib()
         started = time.monotonic()
-        with self._progress() as progress:
+        with stage_bar.progress(self.console) as progress:
             overall = progress.add_task(f"[bold]{name:8}[/bold] {what}", total=None, figures="")
             work(lambda jobs: self._run_jobs(jobs, progress))
             progress.remove_task(overall)
@@ -54,21 +46,9 @@ class Stages:
         self.ledger.add({"stage": name, "seconds": round(seconds, 2), "peak_rss_mib": round(self._peak, 1)})
         self.console.print(f"[green]{name:8}[/green] {what} [dim]{seconds:.0f} s[/dim]")
 
-    def _progress(self) -> Progress:
-        return Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("[dim]{task.fields[figures]}[/dim]"),
-            console=self.console,
-            transient=True,
-        )
-
     def _run_jobs(self, jobs: Sequence[Job], progress: Progress) -> list[Any]:
         lines: dict[str, Any] = {}
-        quiet_until = time.monotonic() + LOG_SECONDS
+        quiet_until = time.monotonic() + stage_bar.LOG_SECONDS
 
         def on_tick(tick: Tick) -> None:
             if tick.job not in lines:
@@ -77,7 +57,7 @@ class Stages:
             figures = "  ".join(f"{k} {tick.figures[k]:.3f}" for k in SHOWN if k in tick.figures)
             progress.update(lines[tick.job], completed=tick.done, total=tick.total, figures=figures)
             if not self.console.is_terminal and time.monotonic() > quiet_until:
-                quiet_until = time.monotonic() + LOG_SECONDS
+                quiet_until = time.monotonic() + stage_bar.LOG_SECONDS
                 self.console.print(f"  {tick.job} {tick.done}/{tick.total}  {figures}")
             if tick.done >= tick.total:
                 progress.update(lines[tick.job], visible=False)

@@ -10,21 +10,12 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TimeRemainingColumn
 
+from distill.stage_bar import LOG_SECONDS, progress
 from distill.training.warnings import Sign
 
 SHOWN = ("loss", "divergence", "r_acc", "validation")
-LOG_SECONDS = 30
-"""Where the output is no terminal, a line this often."""
 
 
 class Bar:
@@ -32,17 +23,7 @@ class Bar:
 
     def __init__(self, console: Console, name: str = "train") -> None:
         self.console, self.name = console, name
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[figures]}[/dim]"),
-            console=console,
-            transient=True,
-        )
+        self._progress = progress(console, TimeRemainingColumn())
         self._task = self._progress.add_task(name, total=None, figures="")
         self._quiet_until = time.monotonic() + LOG_SECONDS
         self._last = ""

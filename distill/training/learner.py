@@ -94,9 +94,6 @@ class FrozenModel:
         return LiveSignal(hidden_th, self._head)
 
 
-TeacherModel = FrozenModel
-
-
 def _features(model: PreTrainedModel, rows: Sequence[tree.Row], cache: FeatureStore | None) -> Features:
     prompts = [row[0].prompt for row in rows]
     return encode_images(model, prompts) if cache is None else cache.features(model, prompts)

@@ -34,18 +34,10 @@ from distill.recipe import Recipe
 from evals import judge, scorers
 from runtime import files
 from tests.checkpoints import FAMILIES
+from tests.distill.worker import DDP
 
 QUESTIONS = ("what color is the shape?", "is there a red circle in the image?")
 TOKENS = 4
-DDP: dict[str, str] = {}
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
 
 
 @dataclass(frozen=True)

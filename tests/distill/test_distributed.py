@@ -14,16 +14,8 @@ import torch
 from distill.training import checkpoints
 from tests.checkpoints import FAMILIES
 from tests.distill import learning, worker
+from tests.distill.worker import DDP, FSDP2
 
-DDP: dict[str, str] = {}
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
 ADAM = 5e-3
 """Adam divides by the gradient's size: where that is rounding, so is the update."""
 WAYS = {"ddp": DDP, "fsdp2": FSDP2}

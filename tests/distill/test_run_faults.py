@@ -16,7 +16,8 @@ import torch
 from distill import run
 from distill.recipe import Recipe
 from tests.distill import runs
-from tests.distill.runs import DDP, FSDP2, Cut, Result, World
+from tests.distill.runs import Cut, Result, World
+from tests.distill.worker import DDP, FSDP2
 
 slow = pytest.mark.slow
 WAYS = {"ddp": DDP, "fsdp2": FSDP2}

@@ -18,6 +18,17 @@ from distill.forward import tree
 from distill.training import checkpoints, loop, optim, processes
 from tests.distill import learning
 
+DDP: dict[str, str] = {}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""The launcher's environment for each way of sharing, beside ranks and addresses."""
+
 
 def run(environment: Mapping[str, str], job: str, out: Path, arguments: Mapping[str, Any]) -> None:
     os.environ.update(environment)
