@@ -187,14 +187,14 @@ def _answers(session: Any, items: Sequence[Item], options: Any) -> Iterator[Any]
             prepared = session.prepare(item.image_path)
             features = session.encode_image(prepared)
             path = item.image_path
-        yield session.complete(session.prompt_ids(item.question, [prepared]), features, options)
+        yield session.complete(session.prompt_ids(item.question, [prepared]), [features], options)
 
 
 def _replay(session: Any, item: Item, tokens: Sequence[int]) -> np.ndarray:
     """Logits (vocab,) after the prompt and `tokens`."""
     prepared = session.prepare(item.image_path)
     ids = session.prompt_ids(item.question, [prepared])
-    logits = session.prefill(ids, session.encode_image(prepared))
+    logits = session.prefill(ids, [session.encode_image(prepared)])
     for token in tokens:
         logits = session.decode(token)
     return np.asarray(logits)

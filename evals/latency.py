@@ -173,7 +173,7 @@ def _repeat(session: Session, image: bytes, question: str, decode_tokens: int) -
     encode = _since(mark)
     ids = session.prompt_ids(question, [prepared])
     mark = time.perf_counter()
-    logits = session.prefill(ids, features)
+    logits = session.prefill(ids, [features])
     prefill = _since(mark)
     decode = []
     for _ in range(decode_tokens):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.image import ImageInput
+from runtime.session import Sources, sources_of
 
 Floats = NDArray[np.float32]
 
@@ -26,22 +26,22 @@ class Steps(Protocol):
 
     def prepare(self, source: Any) -> Any: ...
 
-    def encode_image(self, prepared: Any) -> Floats: ...
+    def encode_image(self, prepared: Any) -> Any: ...
 
     def prompt_ids(self, question: str, images: Any) -> NDArray[np.int64]: ...
 
-    def prefill(self, ids: Any, features: Any) -> Floats: ...
+    def prefill(self, ids: Any, images: Any) -> Floats: ...
 
     def decode(self, token_id: int) -> Floats: ...
 
 
 @dataclass(frozen=True)
 class ParityCase:
-    """A question about a picture (or about none), and the tokens forced after the prompt."""
+    """A question about a picture (several, or none), and the tokens forced after the prompt."""
 
     name: str
     question: str
-    image: ImageInput | None = None
+    image: Sources = None
     forced: tuple[int, ...] = ()
 
 
@@ -79,11 +79,8 @@ def greedy_forced(reference: Steps, case: ParityCase, steps: int, extra: Sequenc
 
     The foreign ids matter: greedy text can fall into one repeated token, which hides a wrong cache.
     """
-    features = None
-    images = []
-    if case.image is not None:
-        images = [reference.prepare(case.image)]
-        features = reference.encode_image(images[0])
+    images = [reference.prepare(each) for each in sources_of(case.image)]
+    features = [reference.encode_image(each) for each in images]
     logits = reference.prefill(reference.prompt_ids(case.question, images), features)
     forced: list[int] = []
     for index in range(steps):
@@ -92,9 +89,9 @@ def greedy_forced(reference: Steps, case: ParityCase, steps: int, extra: Sequenc
     return ParityCase(case.name, case.question, case.image, tuple(forced))
 
 
-def forced_logits(session: Steps, ids: Any, features: Floats | None, forced: Sequence[int]) -> Floats:
+def forced_logits(session: Steps, ids: Any, images: Sequence[Any], forced: Sequence[int]) -> Floats:
     """Logits (1 + forced, vocab): of the prompt's last position and after each forced token."""
-    rows = [session.prefill(ids, features)]
+    rows = [session.prefill(ids, images)]
     rows += [session.decode(token) for token in forced]
     return np.stack(rows)
 
@@ -122,18 +119,29 @@ def compare(
 
 @dataclass(frozen=True)
 class _Side:
-    pixels: NDArray[Any] | None
+    pixels: list[NDArray[Any]]  # of each picture, all views, flat
     ids: NDArray[np.int64]
-    features: Floats | None
-    logits: Floats | None
+    features: list[NDArray[Any]]  # of each picture, deepstack behind
+    logits: Floats
 
 
 def _side(session: Steps, case: ParityCase) -> _Side:
-    prepared = session.prepare(case.image) if case.image is not None else None
-    ids = session.prompt_ids(case.question, [] if prepared is None else [prepared])
-    features = session.encode_image(prepared) if prepared is not None else None
+    prepared = [session.prepare(each) for each in sources_of(case.image)]
+    ids = session.prompt_ids(case.question, prepared)
+    features = [session.encode_image(each) for each in prepared]
     logits = forced_logits(session, ids, features, case.forced)
-    return _Side(None if prepared is None else prepared.pixels, ids, features, logits)
+    return _Side([_pixels(each) for each in prepared], ids, [_features(each) for each in features], logits)
+
+
+def _pixels(prepared: Any) -> NDArray[Any]:
+    """All views' pixels in their order; how a view's tensor is shaped is the format's matter."""
+    return np.concatenate([np.asarray(view).ravel() for view in prepared.pixels])
+
+
+def _features(features: Any) -> NDArray[Any]:
+    """(1 + deepstack layers, image tokens, hidden)."""
+    tokens = features.tokens[None]
+    return tokens if features.deepstack is None else np.concatenate([tokens, features.deepstack])
 
 
 class _Differences:
@@ -149,12 +157,11 @@ class _Differences:
     def add(self, left: _Side, right: _Side) -> None:
         self.cases += 1
         self.ids_equal &= left.ids.tolist() == right.ids.tolist()
-        if left.pixels is not None and right.pixels is not None:
-            self.pixel.append(_max_diff(left.pixels, right.pixels))
-        if left.features is not None and right.features is not None:
-            self.feature.append(_max_diff(left.features, right.features) / max(_peak(left.features), 1e-30))
-            self.feature_rms.append(_rms_error(left.features, right.features))
-        assert left.logits is not None and right.logits is not None
+        for ours, theirs in zip(left.pixels, right.pixels, strict=True):
+            self.pixel.append(_max_diff(ours, theirs))
+        for ours, theirs in zip(left.features, right.features, strict=True):
+            self.feature.append(_max_diff(ours, theirs) / max(_peak(ours), 1e-30))
+            self.feature_rms.append(_rms_error(ours, theirs))
         self.reference.append(left.logits)
         self.candidate.append(right.logits)
 

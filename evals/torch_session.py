@@ -8,6 +8,7 @@ Uses only the general API of transformers, no family's names.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import tempfile
@@ -24,8 +25,8 @@ from PIL import Image
 
 from runtime.errors import CheckpointError, InputError, MissingExtra
 from runtime.generation import Detokenizer, FinishReason, GenerationOptions, Sampler
-from runtime.image import ImageInput, PreparedImage
-from runtime.session import Answer, GenerationStats
+from runtime.image import ImageFeatures, ImageInput, PreparedImage, View
+from runtime.session import Answer, GenerationStats, Sources, sources_of
 
 Floats = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
@@ -33,10 +34,25 @@ TokenIds = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TorchImage(PreparedImage):
-    """A picture as the processor made it: `source` for the template, `inputs` for the model."""
+    """A picture as the processor made it: `source` for the template, `inputs` for the model.
+
+    Its one view holds the processor's tensors as they are; cutting them into views is the bundle's matter.
+    """
 
     source: Any = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    count: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class TorchFeatures(ImageFeatures):
+    """`output`: what the model's `get_image_features` gave, to be given back to the model."""
+
+    output: Any = None
 
 
 class TorchSession:
@@ -57,6 +73,7 @@ class TorchSession:
         self._image_token = int(model.config.image_token_id)
         self._cache: Any = None
         self._length = 0
+        self._prompts: dict[tuple[int, ...], dict[str, Any]] = {}
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self.load_ms = (time.perf_counter() - start) * 1e3
 
@@ -69,74 +86,74 @@ class TorchSession:
     # --- steps --------------------------------------------------------
 
     def prepare(self, source: ImageInput) -> TorchImage:
-        """Pixels (N, 3, H, W) from the checkpoint's processor; a path or bytes count as a file."""
+        """What the checkpoint's processor makes of a picture; a path or bytes count as a file."""
         if isinstance(source, bytes):
             source = self._as_file(source)
         picture = source if isinstance(source, Image.Image) else str(source)
         found = self._template("", [picture])
         inputs = {k: found[k] for k in self.processor.image_processor.model_input_names if k in found}
-        pixels = found["pixel_values"].numpy()
         tokens = int((found["input_ids"] == self._image_token).sum())
-        return TorchImage(pixels.reshape(-1, *pixels.shape[-3:]), tokens, picture, inputs)
+        view = View({name: value.numpy() for name, value in inputs.items()}, (1, tokens))
+        return TorchImage((view,), (0, 0), picture, inputs, tokens)
 
-    def encode_image(self, prepared: PreparedImage) -> Floats:
-        """Features (image tokens, hidden) float32 by the model's own `get_image_features`."""
+    def encode_image(self, prepared: PreparedImage) -> TorchFeatures:
+        """Features float32 by the model's own `get_image_features`."""
         import torch
 
         if not isinstance(prepared, TorchImage):
             raise InputError("encode_image: takes what this session's prepare gave")
         with torch.no_grad():
-            found = self.model.get_image_features(**prepared.inputs)
-        features = found.pooler_output if hasattr(found, "pooler_output") else found
-        if isinstance(features, (list, tuple)):
-            features = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in features])
-        return features.reshape(-1, features.shape[-1]).float().numpy()
+            found = self.model.get_image_features(**prepared.inputs, return_dict=True)
+        tokens = _flat(found.pooler_output)
+        levels = getattr(found, "deepstack_features", None) or ()
+        return TorchFeatures(
+            tokens.float().numpy(),
+            tuple(view.grid for view in prepared.views),
+            torch.stack([_flat(level) for level in levels]).float().numpy() if levels else None,
+            found,
+        )
 
     def prompt_ids(self, question: str, images: Sequence[PreparedImage]) -> TokenIds:
         """Ids (prompt,) from the chat template."""
         sources = [each.source for each in images if isinstance(each, TorchImage)]
-        return self._template(question, sources)["input_ids"][0].numpy()
+        found = dict(self._template(question, sources))
+        ids = found.pop("input_ids")[0].numpy()
+        self._prompts = {tuple(ids.tolist()): found}
+        return ids
 
-    def prefill(self, ids: TokenIds, features: Floats | None) -> Floats:
-        """Start a sequence; logits (vocab,) of its last position."""
-        import torch
-
-        tensor = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
-        with torch.no_grad():
-            embeds = self.model.get_input_embeddings()(tensor)
-            if features is not None:
-                embeds[tensor == self._image_token] = torch.from_numpy(features).to(embeds.dtype)
+    def prefill(self, ids: TokenIds, images: Sequence[ImageFeatures] = ()) -> Floats:
+        """Start a sequence with the processor's other inputs for it; logits (vocab,) of its last position."""
+        more = dict(self._prompts.get(tuple(int(i) for i in ids), {}))
+        if images:
+            more["mm_encoder_outputs"] = {"image": _joined(images)}
+            more.pop("pixel_values", None)
+        more.pop("attention_mask", None)
         self._cache, self._length = None, 0
-        return self._step(embeds)
+        return self._step([int(i) for i in ids], more)
 
     def decode(self, token_id: int) -> Floats:
         """Logits (vocab,) after one more token."""
-        import torch
-
         if self._length == 0:
             raise InputError("decode: no sequence is running; call prefill first")
-        with torch.no_grad():
-            return self._step(self.model.get_input_embeddings()(torch.tensor([[int(token_id)]])))
+        return self._step([int(token_id)], {})
 
     # --- answers ------------------------------------------------------
 
     def stream(
-        self, source: ImageInput | None, question: str, options: GenerationOptions | None = None
+        self, source: Sources, question: str, options: GenerationOptions | None = None
     ) -> Iterator[str]:
         """Text pieces of the answer as they come; afterwards `last_stats` and `last_answer` are set."""
         start = time.perf_counter()
         stats = GenerationStats()
-        prepared = [self.prepare(source)] if source is not None else []
+        prepared = [self.prepare(each) for each in sources_of(source)]
         stats.prepare_ms = _ms_since(start)
         ids = self.prompt_ids(question, prepared)
         mark = time.perf_counter()
-        features = self.encode_image(prepared[0]) if prepared else None
+        features = [self.encode_image(each) for each in prepared]
         stats.encode_ms = _ms_since(mark) if prepared else 0.0
         yield from self._generate(ids, features, options or GenerationOptions(), stats, start)
 
-    def ask(
-        self, source: ImageInput | None, question: str, options: GenerationOptions | None = None
-    ) -> Answer:
+    def ask(self, source: Sources, question: str, options: GenerationOptions | None = None) -> Answer:
         """The whole answer to a question about a picture."""
         for _ in self.stream(source, question, options):
             pass
@@ -144,28 +161,28 @@ class TorchSession:
         return self.last_answer
 
     def complete(
-        self, ids: TokenIds, features: Floats | None, options: GenerationOptions | None = None
+        self, ids: TokenIds, images: Sequence[ImageFeatures] = (), options: GenerationOptions | None = None
     ) -> Answer:
         """The answer to a prompt whose picture is encoded already."""
         chosen = options or GenerationOptions()
-        for _ in self._generate(ids, features, chosen, GenerationStats(), time.perf_counter()):
+        for _ in self._generate(ids, images, chosen, GenerationStats(), time.perf_counter()):
             pass
         assert self.last_answer is not None
         return self.last_answer
 
-    def generate(self, source: ImageInput | None, question: str, max_new_tokens: int) -> list[int]:
+    def generate(self, source: Sources, question: str, max_new_tokens: int) -> list[int]:
         """Greedy new ids by transformers' own `generate` on the processor's inputs, a stop id included."""
         import torch
 
-        inputs = self._template(question, [] if source is None else [self.prepare(source).source])
+        inputs = self._template(question, [self.prepare(each).source for each in sources_of(source)])
         with torch.no_grad():
             found = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return [int(i) for i in found[0, inputs["input_ids"].shape[1] :]]
 
-    def margin(self, source: ImageInput | None, question: str, tokens: Sequence[int]) -> float:
+    def margin(self, source: Sources, question: str, tokens: Sequence[int]) -> float:
         """Difference of the two largest logits after the prompt and `tokens`."""
-        prepared = [] if source is None else [self.prepare(source)]
-        features = self.encode_image(prepared[0]) if prepared else None
+        prepared = [self.prepare(each) for each in sources_of(source)]
+        features = [self.encode_image(each) for each in prepared]
         logits = self.prefill(self.prompt_ids(question, prepared), features)
         for token in tokens:
             logits = self.decode(token)
@@ -206,14 +223,15 @@ class TorchSession:
         except (ValueError, OSError, RuntimeError) as error:
             raise InputError(f"the checkpoint's processor refuses it: {error}") from error
 
-    def _step(self, embeds: Any) -> Floats:
-        """Run further embeddings (1, S, hidden); logits (vocab,) of the last one."""
+    def _step(self, ids: Sequence[int], more: dict[str, Any]) -> Floats:
+        """Run further ids (S,), with more inputs of the model's forward; logits (vocab,) of the last one."""
         import torch
 
-        total = self._length + embeds.shape[1]
+        total = self._length + len(ids)
         with torch.no_grad():
             out = self.model(
-                inputs_embeds=embeds,
+                **more,
+                input_ids=torch.tensor([list(ids)]),
                 attention_mask=torch.ones(1, total, dtype=torch.long),
                 past_key_values=self._cache,
                 use_cache=True,
@@ -225,20 +243,20 @@ class TorchSession:
     def _generate(
         self,
         ids: TokenIds,
-        features: Floats | None,
+        images: Sequence[ImageFeatures],
         options: GenerationOptions,
         stats: GenerationStats,
         start: float,
     ) -> Iterator[str]:
         """The loop of a bundle's session over this model's steps."""
-        stats.prompt_tokens, stats.image_tokens = len(ids), 0 if features is None else len(features)
+        stats.prompt_tokens, stats.image_tokens = len(ids), sum(map(len, images))
         tokenizer = self.processor.tokenizer.backend_tokenizer
         detokenizer, sampler, stop = Detokenizer(tokenizer), Sampler(options, ids), self.stop_ids
         tokens: list[int] = []
         text: list[str] = []
         reason: FinishReason = "length"
         mark = time.perf_counter()
-        logits = self.prefill(ids, features)
+        logits = self.prefill(ids, images)
         stats.prefill_ms = _ms_since(mark)
         while True:
             tokens.append(sampler.pick(logits))
@@ -261,6 +279,36 @@ class TorchSession:
             yield piece
         self.last_stats = stats
         self.last_answer = Answer("".join(text), tokens, reason, stats)
+
+
+def _flat(features: Any) -> Any:
+    """One tensor or a list of them as (image tokens, hidden)."""
+    import torch
+
+    pieces = [features] if isinstance(features, torch.Tensor) else features
+    return torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
+
+
+def _joined(images: Sequence[ImageFeatures]) -> Any:
+    """What the model made of several pictures, as if it had been one call."""
+    import torch
+
+    outputs = [each.output for each in images if isinstance(each, TorchFeatures)]
+    if len(outputs) != len(images):
+        raise InputError("prefill: takes what this session's encode_image gave")
+    if len(outputs) == 1:
+        return outputs[0]
+    joined = copy.copy(outputs[0])
+    pooled = [each.pooler_output for each in outputs]
+    joined.pooler_output = (
+        torch.cat(pooled) if isinstance(pooled[0], torch.Tensor) else [x for each in pooled for x in each]
+    )
+    if getattr(joined, "deepstack_features", None):
+        joined.deepstack_features = [
+            torch.cat([_flat(level) for level in levels])
+            for levels in zip(*(each.deepstack_features for each in outputs), strict=True)
+        ]
+    return joined
 
 
 def _load(path: Path) -> tuple[Any, Any]:

@@ -127,7 +127,7 @@ def check_float(
     """Hold the float32 parts in `staged` against the checkpoint. Raises ParityError (or BundleError)."""
     _check_embedding_rows(checkpoint, staged, draft)
     with Session.from_manifest(staged, draft, threads=1) as session:
-        _check_prompts(checkpoint, session, cases)
+        _check_prompts(checkpoint, session)
         result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
         for case in cases:
             _check_greedy(reference, session, case)
@@ -205,12 +205,11 @@ def _check_embedding_rows(checkpoint: Checkpoint, staged: Path, draft: Manifest)
             raise ParityError(f"gate: {part.path}: the embedding of id {wrong} is not the checkpoint's")
 
 
-def _check_prompts(checkpoint: Checkpoint, session: Session, cases: Sequence[ParityCase]) -> None:
-    prepared = session.prepare(next(case.image for case in cases if case.image is not None))
+def _check_prompts(checkpoint: Checkpoint, session: Session) -> None:
     numbers = (1, 0) if session.manifest.prompt.user_without_image is not None else (1,)
     prompts.prove(
         checkpoint,
-        lambda question, number: session.prompt_ids(question, [prepared] * number).tolist(),
+        lambda question, images: session.prompt_ids(question, [*map(session.prepare, images)]).tolist(),
         numbers,
     )
 

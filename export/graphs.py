@@ -46,14 +46,17 @@ def _check_size(role: str, model: ir.Model) -> None:
 def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     """Trace vision encoder, embedding and decoder in float32."""
     modules, shape = family.modules(checkpoint), family.decoder_shape(checkpoint)
-    image = family.image(checkpoint)
-    pixels = torch.zeros(2, *(int(side) for side in image.pixels.shape[1:]))
+    vision = modules.vision
     ids = torch.zeros(2, 3, dtype=torch.long)
     auto = torch.export.Dim.DYNAMIC
     try:
         models = {
             "vision_encoder": to_onnx(
-                modules.vision, (pixels,), ["pixel_values"], ["image_features"], ({0: auto},)
+                vision.module,
+                tuple(vision.example.values()),
+                list(vision.example),
+                list(vision.outputs),
+                vision.dynamic,
             ),
             "embed_tokens": to_onnx(
                 modules.embed, (ids,), ["input_ids"], ["inputs_embeds"], ({0: auto, 1: auto},)

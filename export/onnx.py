@@ -27,28 +27,28 @@ from export.families import Family, family_of
 from export.graphs import ROLES, trace_all
 from export.quantize import policy, quantize, suffix, weight_bits
 from runtime import bundle, conformance, files
+from runtime.contract import TensorSpec
 from runtime.errors import CheckpointError
 from runtime.image import ImageInput
+from runtime.image import prepare as prepare_image
+from runtime.image_spec import ImageSpec, Normalise
 from runtime.manifest import (
     CausalAttention,
     FileRef,
-    ImageSpec,
     Limits,
     Manifest,
-    Normalise,
     OnnxFacts,
     Parity,
     Part,
     Positions1d,
-    PromptSpec,
     ReplaceTokens,
     Source,
     StateTensor,
-    TensorSpec,
     TokenizerSpec,
     operations_of,
 )
 from runtime.prompt import render
+from runtime.prompt_spec import PromptSpec
 from runtime.session import Session
 
 Progress = Callable[[str], None]
@@ -122,7 +122,9 @@ def prepare(
     tokenizer = checkpoint.tokenizer.backend_tokenizer
     prompts.prove(  # before the costly steps; the gate repeats it on the written tokenizer
         checkpoint,
-        lambda question, number: render(prompt, tokenizer, question, [image.tokens] * number).tolist(),
+        lambda question, images: render(
+            prompt, tokenizer, question, [prepare_image(each, image) for each in images]
+        ).tolist(),
         (1, 0) if prompt.user_without_image is not None else (1,),
     )
     reference = TorchSession(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
@@ -216,14 +218,14 @@ def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Man
         name=name,
         format="onnx",
         precision=precision,
-        requires=operations_of(*image.operations, merge, positions, attention),
+        requires=operations_of(*image.operations, image.tokens, merge, positions, attention),
         image=image,
         prompt=prompt,
         merge=merge,
         positions=positions,
         attention=attention,
         state=_state(parts[-1]),
-        limits=Limits(context=shape.max_positions, image_tokens=image.tokens, images=1),
+        limits=Limits(context=shape.max_positions, image_tokens=image.max_tokens, images=1),
         tokenizer=TokenizerSpec(
             type="tokenizers-json",
             file=bundle.file_ref(staged, "tokenizer.json"),

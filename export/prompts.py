@@ -14,7 +14,7 @@ from PIL import Image
 
 from export.checkpoint import Checkpoint
 from runtime.errors import CheckpointError, ParityError
-from runtime.manifest import Ids, ImageSlot, ImageTokens, PromptSpec, QuestionSlot, Segment
+from runtime.prompt_spec import Ids, ImageSlot, ImageTokens, PromptSpec, QuestionSlot, Segment
 
 _MARK = "\ue000Q\ue001"  # private-use characters: no template and no tokenizer gives them a meaning
 
@@ -137,9 +137,9 @@ def _single(checkpoint: Checkpoint, token: str) -> int:
 
 
 def prove(
-    checkpoint: Checkpoint, assembled: Callable[[str, int], Sequence[int]], pictures: Sequence[int]
+    checkpoint: Checkpoint, assembled: Callable[[str, Sequence[Any]], Sequence[int]], pictures: Sequence[int]
 ) -> int:
-    """Compare `assembled(question, pictures)` with the chat template; returns the number of comparisons.
+    """Compare `assembled(question, images)` with the chat template; returns the number of comparisons.
 
     Raises ParityError with the first differing place.
     """
@@ -148,7 +148,7 @@ def prove(
         images = [Image.new("RGB", (32, 24), "gray")] * number
         for question in PROOF_QUESTIONS:
             wanted = template_ids(checkpoint, question, images)
-            got = [int(i) for i in assembled(question, number)]
+            got = [int(i) for i in assembled(question, images)]
             if got != wanted:
                 place = next(
                     (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b),

@@ -4,7 +4,8 @@ In: a bundle with `conformance/cases.json`. Out: the differences of this runtime
 Not here: how close the bundle is to its checkpoint (that is the export gate's work).
 
 A case is a picture in the bundle and a question, with the expected pixels (raw little-endian float32, in C
-order), ids, positions and the five largest logits of the first step. docs/bundle.md describes the files.
+order, view after view), ids, positions and the five largest logits of the first step. docs/bundle.md
+describes the files.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from runtime import bundle
+from runtime.contract import Contract
 from runtime.errors import BundleError
 from runtime.files import write_bytes, write_text
-from runtime.manifest import Contract, FileRef
+from runtime.manifest import FileRef
 from runtime.session import Session
 
 CASES_PATH = "conformance/cases.json"
@@ -43,10 +45,10 @@ class Case(Contract):
     image: FileRef
     question: str
     pixels: FileRef
-    pixels_shape: tuple[int, int, int, int]
+    pixels_shapes: tuple[tuple[int, ...], ...] = Field(min_length=1)
     pixels_tolerance: float = Field(ge=0)
     ids: tuple[int, ...]
-    positions: tuple[int, ...]
+    positions: tuple[tuple[int, ...], ...]
     top: tuple[TopLogit, ...] = Field(min_length=1)
     logit_tolerance: float = Field(ge=0)
 
@@ -65,8 +67,9 @@ class Vector:
     name: str
     image: bytes
     question: str
-    pixels: NDArray[np.float32]
+    pixels: tuple[NDArray[np.float32], ...]
     ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
     logits: NDArray[np.float32]
 
 
@@ -74,9 +77,8 @@ def record(session: Session, name: str, image: bytes, question: str) -> Vector:
     """What this session makes of a PNG file and a question; a writer may put in reference values."""
     prepared = session.prepare(image)
     ids = session.prompt_ids(question, [prepared])
-    logits = session.prefill(ids, session.encode_image(prepared))
-    pixels = prepared.pixels.astype(np.float32)
-    return Vector(name=name, image=image, question=question, pixels=pixels, ids=ids, logits=logits)
+    logits = session.prefill(ids, [session.encode_image(prepared)])
+    return Vector(name, image, question, prepared.pixels, ids, session.positions(ids, [prepared]), logits)
 
 
 def write(
@@ -86,19 +88,20 @@ def write(
     cases = []
     for vector in vectors:
         order = np.argsort(-vector.logits, kind="stable")[:TOP]
-        batch, channels, height, width = vector.pixels.shape
         cases.append(
             Case(
                 name=vector.name,
                 image=_store(directory, f"conformance/{vector.name}.png", vector.image),
                 question=vector.question,
                 pixels=_store(
-                    directory, f"conformance/{vector.name}.f32", vector.pixels.astype("<f4").tobytes()
+                    directory,
+                    f"conformance/{vector.name}.f32",
+                    b"".join(view.astype("<f4").tobytes() for view in vector.pixels),
                 ),
-                pixels_shape=(batch, channels, height, width),
+                pixels_shapes=tuple(view.shape for view in vector.pixels),
                 pixels_tolerance=pixels_tolerance,
                 ids=tuple(int(token) for token in vector.ids),
-                positions=tuple(range(len(vector.ids))),
+                positions=tuple(tuple(row) for row in vector.positions.tolist()),
                 top=tuple(TopLogit(id=int(i), logit=float(vector.logits[i])) for i in order),
                 logit_tolerance=logit_tolerance,
             )
@@ -125,20 +128,23 @@ def check(session: Session, directory: Path) -> list[str]:
 
 def _differences(session: Session, directory: Path, case: Case) -> list[str]:
     image, raw = (_load(directory, file) for file in (case.image, case.pixels))
-    expected = np.frombuffer(raw, dtype="<f4").reshape(case.pixels_shape)
     found = []
     prepared = session.prepare(image)
-    if prepared.pixels.shape != expected.shape:
-        return [f"{case.name}: pixels have shape {prepared.pixels.shape}, expected {expected.shape}"]
-    off = float(np.abs(prepared.pixels.astype(np.float32) - expected).max())
+    shapes = tuple(view.shape for view in prepared.pixels)
+    if shapes != case.pixels_shapes:
+        return [f"{case.name}: pixels have shapes {shapes}, expected {case.pixels_shapes}"]
+    expected = np.frombuffer(raw, dtype="<f4")
+    pixels = np.concatenate([view.ravel() for view in prepared.pixels])
+    off = float(np.abs(pixels.astype(np.float32) - expected).max())
     if not off <= case.pixels_tolerance:
         found.append(f"{case.name}: pixels differ by {off:.3g}, allowed {case.pixels_tolerance:.3g}")
     ids = session.prompt_ids(case.question, [prepared])
     if ids.tolist() != list(case.ids):
         return [*found, f"{case.name}: prompt ids differ ({len(ids)} ids, expected {len(case.ids)})"]
-    if list(case.positions) != list(range(len(ids))):
-        found.append(f"{case.name}: positions differ from 0..{len(ids) - 1}")
-    logits = session.prefill(ids, session.encode_image(prepared))
+    positions = session.positions(ids, [prepared])
+    if positions.tolist() != [list(row) for row in case.positions]:
+        found.append(f"{case.name}: positions differ")
+    logits = session.prefill(ids, [session.encode_image(prepared)])
     for top in case.top:
         off = abs(float(logits[top.id]) - top.logit)
         if not off <= case.logit_tolerance:

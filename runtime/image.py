@@ -1,6 +1,7 @@
 """From a picture to the vision part's input, by the operations that a manifest names.
 
-In: a path, the bytes of a file, or a PIL image, and a manifest's image section. Out: `PreparedImage`.
+In: a path, the bytes of a file, or a PIL image, and a manifest's image section. Out: `PreparedImage`,
+whose views hold what the vision part takes.
 Not here: the vision part itself, resampling arithmetic (`runtime/resample.py`).
 
 Where a picture comes from matters, because it does so in transformers: a *file* (path or bytes) is turned
@@ -12,7 +13,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,35 +24,102 @@ from PIL import Image, ImageOps
 
 from runtime import resample
 from runtime.errors import InputError
-from runtime.manifest import ExifRotate, ImageSpec, Normalise, ResizeExact, ResizeLongestEdge, ToRgb
+from runtime.image_spec import (
+    VIEWS,
+    ExifRotate,
+    ImageSpec,
+    Normalise,
+    ResizeExact,
+    ResizeLongestEdge,
+    ToNchw,
+    ToRgb,
+)
 
+MAX_SOURCE_PIXELS = 100_000_000
 ImageInput = Image.Image | Path | str | bytes
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
+class View:
+    """One run of the vision part: `inputs` by tensor name, and the (rows, columns) of tokens it becomes."""
+
+    inputs: dict[str, NDArray[Any]]
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
 class PreparedImage:
-    """`pixels` (1, 3, H, W) as the vision part takes them; `tokens` is how many image tokens they become."""
+    """The views of one picture; `tiles`: (rows, columns) of those that are tiles, (0, 0) without any."""
 
-    pixels: NDArray[Any]
-    tokens: int
+    views: tuple[View, ...]
+    tiles: tuple[int, int] = (0, 0)
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of all views."""
+        return sum(view.tokens for view in self.views)
+
+    @property
+    def pixels(self) -> tuple[NDArray[Any], ...]:
+        """`pixel_values` of each view, to be compared."""
+        return tuple(view.inputs["pixel_values"] for view in self.views)
 
 
-def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int) -> PreparedImage:
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision part made of one picture, its views joined.
+
+    `tokens` (image tokens, hidden), `grids` the (rows, columns) of each view's tokens, `deepstack`
+    (layers, image tokens, hidden) where the family has it; float32.
+    """
+
+    tokens: NDArray[np.float32]
+    grids: tuple[tuple[int, int], ...]
+    deepstack: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def join_features(views: Sequence[ImageFeatures]) -> ImageFeatures:
+    """The features of several views (or pictures) as one, in their order."""
+    if len(views) == 1:
+        return views[0]
+    stacks = [view.deepstack for view in views if view.deepstack is not None]
+    return ImageFeatures(
+        np.concatenate([view.tokens for view in views]),
+        tuple(grid for view in views for grid in view.grids),
+        np.concatenate(stacks, axis=1) if stacks else None,
+    )
+
+
+def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int = MAX_SOURCE_PIXELS) -> PreparedImage:
     """Load and transform one picture. Raises InputError in one line when it is no picture or too large."""
     from_file = not isinstance(source, Image.Image)
     value: Any = load(source, max_source_pixels)
-    for operation in spec.operations:
-        value = OPERATIONS[type(operation)](value, operation, from_file)
-    pixels = np.ascontiguousarray(value.transpose(2, 0, 1)[None], dtype=spec.pixels.dtype)
-    expected = spec.pixels.shape[1:]
-    if any(
-        isinstance(want, int) and want != got for want, got in zip(expected, pixels.shape[1:], strict=True)
-    ):
-        raise InputError(
-            f"image: became {pixels.shape[1:]}, the vision part takes {expected}; re-export the bundle"
-        )
-    return PreparedImage(pixels=pixels, tokens=spec.tokens)
+    *picture_operations, normalise, layout = spec.operations
+    views: list[Bytes] = []
+    tiles = (0, 0)
+    for operation in picture_operations:
+        if operation.op.split("@")[0] in VIEWS:
+            views, tiles = CUTS[type(operation)](value, operation)
+        else:
+            value = OPERATIONS[type(operation)](value, operation, from_file)
+    return PreparedImage(
+        tuple(
+            View(
+                LAYOUTS[type(layout)](_normalise(pixels, normalise), layout),
+                spec.tokens.grid(*pixels.shape[:2]),
+            )
+            for pixels in views or [value]
+        ),
+        tiles,
+    )
 
 
 # --- loading ----------------------------------------------------------
@@ -177,11 +245,16 @@ def _resize_exact(pixels: Bytes, operation: ResizeExact, _: bool) -> Bytes:
     return resample.resize(pixels, operation.height, operation.width, operation.filter)
 
 
-def _normalise(pixels: Bytes, operation: Normalise, _: bool) -> NDArray[np.float32]:
+def _normalise(pixels: Bytes, operation: Any) -> NDArray[np.float32]:
+    assert isinstance(operation, Normalise)  # the manifest's order
     subtract, divide = (
         np.array(values, dtype=np.float32) for values in (operation.subtract, operation.divide)
     )
     return (pixels.astype(np.float32) - subtract) / divide
+
+
+def _to_nchw(values: NDArray[np.float32], _: ToNchw) -> dict[str, NDArray[Any]]:
+    return {"pixel_values": np.ascontiguousarray(values.transpose(2, 0, 1)[None])}
 
 
 OPERATIONS: dict[type, Callable[[Any, Any, bool], Any]] = {
@@ -189,5 +262,11 @@ OPERATIONS: dict[type, Callable[[Any, Any, bool], Any]] = {
     ToRgb: _to_rgb,
     ResizeLongestEdge: _resize_longest_edge,
     ResizeExact: _resize_exact,
-    Normalise: _normalise,
 }
+"""On the picture: (value, operation, whether it is from a file) -> value."""
+
+CUTS: dict[type, Callable[[Bytes, Any], tuple[list[Bytes], tuple[int, int]]]] = {}
+"""(H, W, 3) bytes -> views as bytes, in their order, and the (rows, columns) of tiles."""
+
+LAYOUTS: dict[type, Callable[[NDArray[np.float32], Any], dict[str, NDArray[Any]]]] = {ToNchw: _to_nchw}
+"""A view's (H, W, 3) float32 -> the vision part's inputs by name."""

@@ -11,234 +11,88 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-Dtype = Literal["float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
-Filter = Literal["bilinear", "bicubic", "lanczos"]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _confined(path: str) -> str:
-    pure = PurePosixPath(path)
-    if (
-        not path
-        or pure.is_absolute()
-        or ".." in pure.parts
-        or "\\" in path
-        or ":" in path
-        or str(pure) != path
-    ):
-        raise ValueError(f"path {path!r} must be relative, with forward slashes, and stay inside the bundle")
-    return path
-
-
-RelativePath = Annotated[str, AfterValidator(_confined)]
-
-
-class Contract(BaseModel):
-    """Base of every object in the manifest: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-# --- image: operations in the order of their use ----------------------
-
-
-class ExifRotate(Contract):
-    """Files only: turn the picture upright by its EXIF orientation (1-8)."""
-
-    op: Literal["exif_rotate@1"] = "exif_rotate@1"
-
-
-class ToRgb(Contract):
-    """8-bit RGB. Transparency is dropped (the stored colour stays) or laid over white."""
-
-    op: Literal["to_rgb@1"] = "to_rgb@1"
-    file_alpha: Literal["drop", "white"]
-    pixels_alpha: Literal["drop", "white"]
-
-
-class ResizeLongestEdge(Contract):
-    """Scale the longest edge to `longest_edge`, at most `cap`; an odd other edge grows by one."""
-
-    op: Literal["resize_longest_edge@1"] = "resize_longest_edge@1"
-    longest_edge: int = Field(gt=0)
-    cap: int = Field(gt=0)
-    filter: Filter
-
-
-class ResizeExact(Contract):
-    """Stretch to exactly `height` x `width`, whatever the aspect."""
-
-    op: Literal["resize_exact@1"] = "resize_exact@1"
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-    filter: Filter
-
-
-class Normalise(Contract):
-    """float32 `(byte - subtract) / divide` by channel; both numbers are in units of bytes (0-255)."""
-
-    op: Literal["normalise@1"] = "normalise@1"
-    subtract: tuple[float, float, float]
-    divide: tuple[float, float, float]
-
-
-# Tiling (`tile.*@1`: grid choice and tie-break) and patchify order join with the families that need them.
-ImageOperation = Annotated[
-    ExifRotate | ToRgb | ResizeLongestEdge | ResizeExact | Normalise,
-    Field(discriminator="op"),
-]
-
-
-class TensorSpec(Contract):
-    """A tensor at a part's border; a dimension is a number or the name of one that varies."""
-
-    name: str
-    dtype: Dtype
-    shape: tuple[int | str, ...]
-
-
-class ImageSpec(Contract):
-    """How a picture becomes the vision part's input, and how many tokens it then takes."""
-
-    operations: tuple[ImageOperation, ...]
-    layout: Literal["NCHW"]
-    pixels: TensorSpec
-    tokens: int = Field(gt=0, description="image tokens of one picture")
-
-    @model_validator(mode="after")
-    def _order(self) -> ImageSpec:
-        kinds = [operation.op.split("@")[0] for operation in self.operations]
-        bare = [kind for kind in kinds if not kind.startswith("resize_")]
-        if (
-            bare not in (["exif_rotate", "to_rgb", "normalise"], ["to_rgb", "normalise"])
-            or kinds[-1] != bare[-1]
-        ):
-            raise ValueError(f"operations must be [exif_rotate,] to_rgb, resizes, normalise; got {kinds}")
-        if kinds[: len(bare) - 1] != bare[:-1]:
-            raise ValueError(f"operations must resize after to_rgb; got {kinds}")
-        if len(self.pixels.shape) != 4:
-            raise ValueError(f"pixels must have 4 dimensions, got {list(self.pixels.shape)}")
-        return self
-
-
-# --- prompt -----------------------------------------------------------
-
-
-class Ids(Contract):
-    """Fixed token ids."""
-
-    kind: Literal["ids"] = "ids"
-    ids: tuple[int, ...]
-
-
-class ImageSlot(Contract):
-    """Where one picture's `prompt.image` goes."""
-
-    kind: Literal["image"] = "image"
-
-
-class QuestionSlot(Contract):
-    """`before + question + after`, tokenised as one string without special tokens added."""
-
-    kind: Literal["question"] = "question"
-    before: str = ""
-    after: str = ""
-
-
-Segment = Annotated[Ids | ImageSlot | QuestionSlot, Field(discriminator="kind")]
-
-
-class ImageTokens(Contract):
-    """One picture in the prompt: `before`, then `token` as many times as `image.tokens`, then `after`.
-
-    Row and tile segments join here with the families that tile.
-    """
-
-    before: tuple[int, ...]
-    token: int
-    after: tuple[int, ...]
-
-
-class PromptSpec(Contract):
-    """Token ids of a conversation's first turn; the exporter proves them equal to the chat template.
-
-    `system` (may be empty) + `user` + `assistant` is what the decoder is given; `assistant` opens the answer.
-    `user_without_image` is null when a picture is needed. Segments of later turns join with multi-turn.
-    """
-
-    image: ImageTokens
-    system: tuple[int, ...] = ()
-    user: tuple[Segment, ...]
-    user_without_image: tuple[Segment, ...] | None = None
-    assistant: tuple[int, ...]
-    refused_text: tuple[str, ...] = Field(
-        default=(),
-        description="strings a question must not contain (the checkpoint's processor refuses them too)",
-    )
-
-    @model_validator(mode="after")
-    def _slots(self) -> PromptSpec:
-        kinds = [segment.kind for segment in self.user]
-        if kinds.count("image") != 1 or kinds.count("question") != 1:
-            raise ValueError(f"user must hold one image slot and one question slot, got {kinds}")
-        if self.user_without_image is not None:
-            kinds = [segment.kind for segment in self.user_without_image]
-            if kinds.count("image") or kinds.count("question") != 1:
-                raise ValueError(
-                    f"user_without_image must hold one question slot and no image slot, got {kinds}"
-                )
-        return self
-
+from runtime.contract import Contract, Dtype, RelativePath, Sha256, TensorSpec
+from runtime.image_spec import ImageOperation, ImageSpec, TokenGrid
+from runtime.prompt_spec import PromptSpec
 
 # --- decoder ----------------------------------------------------------
 
 
 class ReplaceTokens(Contract):
-    """The n-th embedding whose id is `token` becomes the n-th image feature. Deepstack joins as its own."""
+    """The n-th embedding whose id is `token` becomes the n-th image feature."""
 
     op: Literal["replace_tokens@1"] = "replace_tokens@1"
     token: int
 
 
+class Deepstack(Contract):
+    """The vision part's `output` (`layers`, image tokens, hidden) goes to the decoder's `input`
+    (`layers`, 1, S, hidden), zero where no image token is; the decoder adds row i after its layer i."""
+
+    op: Literal["deepstack.add@1"] = "deepstack.add@1"
+    layers: int = Field(gt=0)
+    output: str
+    input: str
+
+
 class Positions1d(Contract):
-    """Position ids 0, 1, 2, ... over the whole sequence. M-RoPE joins as `positions.mrope@1`."""
+    """Position ids 0, 1, 2, ... over the whole sequence."""
 
     op: Literal["positions.1d@1"] = "positions.1d@1"
 
 
+class PositionsMrope(Contract):
+    """Three rows of position ids (time, row, column).
+
+    Text: all three count on from the largest position so far plus one. A view of rows x columns tokens that
+    starts at p: (p, p + row, p + column) for each token in reading order. `sections` and `interleaved` say
+    how the decoder's rotary embedding uses them (for readers that build their own decoder).
+    """
+
+    op: Literal["positions.mrope@1"] = "positions.mrope@1"
+    sections: tuple[int, int, int]
+    interleaved: bool
+
+
 class CausalAttention(Contract):
-    """Every token sees itself and all before it. Windows and bidirectional images join as their own."""
+    """Every token sees itself and all before it."""
 
     op: Literal["attention.causal@1"] = "attention.causal@1"
 
 
 class StateTensor(Contract):
-    """One tensor that the decoder hands from step to step; an empty one (sequence 0) starts a sequence.
+    """One tensor that the decoder hands from step to step.
 
+    `kv`: grows along `sequence_axis`; an empty one (sequence 0) starts a sequence. `conv`: a fixed shape,
+    zeros start a sequence. `rewindable`: cutting it short undoes the last tokens; what is not can only go on.
     `in_place`: input and output may be one buffer that is longer than the sequence, whose length only the
-    attention mask tells. `kind` gets `conv` with the first family that has such a state.
+    attention mask tells.
     """
 
     input: str
     output: str
-    kind: Literal["kv"]
+    kind: Literal["kv", "conv"]
     dtype: Dtype
     shape: tuple[int | str, ...]
-    sequence_axis: int = Field(ge=0)
+    sequence_axis: int | None = Field(default=None, ge=0)
     rewindable: bool
     in_place: bool = False
-    padding_side: Literal["left", "right"]
+    padding_side: Literal["left", "right"] | None = None
 
     @model_validator(mode="after")
     def _axis(self) -> StateTensor:
-        if self.sequence_axis >= len(self.shape):
+        if (self.kind == "kv") != (self.sequence_axis is not None):
+            raise ValueError(f"{self.input}: kv has a sequence_axis and conv has none")
+        if self.sequence_axis is not None and self.sequence_axis >= len(self.shape):
             raise ValueError(f"sequence_axis {self.sequence_axis} is outside of shape {list(self.shape)}")
         return self
+
+
+Positions = Annotated[Positions1d | PositionsMrope, Field(discriminator="op")]
 
 
 class Limits(Contract):
@@ -333,7 +187,8 @@ class Manifest(Contract):
     image: ImageSpec
     prompt: PromptSpec
     merge: ReplaceTokens
-    positions: Positions1d
+    deepstack: Deepstack | None = None
+    positions: Positions
     attention: CausalAttention
     state: tuple[StateTensor, ...]
     limits: Limits
@@ -353,15 +208,22 @@ class Manifest(Contract):
             raise ValueError(
                 f"parts must be one vision_encoder, one embed_tokens and one decoder, got {roles}"
             )
-        if self.image.tokens > self.limits.image_tokens:
-            raise ValueError(f"image.tokens {self.image.tokens} exceeds limits.image_tokens")
+        if self.image.max_tokens > self.limits.image_tokens:
+            raise ValueError(f"image.max_tokens {self.image.max_tokens} exceeds limits.image_tokens")
         if self.merge.token != self.prompt.image.token:
             raise ValueError(f"merge.token {self.merge.token} differs from prompt.image.token")
         return self
 
     def operations(self) -> tuple[str, ...]:
         """The operations this manifest uses, sorted; what `requires` must hold."""
-        return operations_of(*self.image.operations, self.merge, self.positions, self.attention)
+        return operations_of(
+            *self.image.operations,
+            self.image.tokens,
+            self.merge,
+            *([self.deepstack] if self.deepstack else []),
+            self.positions,
+            self.attention,
+        )
 
     def part(self, role: str) -> Part:
         return next(part for part in self.parts if part.role == role)
@@ -381,7 +243,8 @@ def operations_of(*operations: Any) -> tuple[str, ...]:
 def known_operations() -> frozenset[str]:
     """Every operation that this runtime carries out."""
     image = get_args(get_args(ImageOperation)[0])
-    classes: tuple[type[BaseModel], ...] = (*image, ReplaceTokens, Positions1d, CausalAttention)
+    decoder = (ReplaceTokens, Deepstack, *get_args(get_args(Positions)[0]), CausalAttention)
+    classes: tuple[type[BaseModel], ...] = (*image, TokenGrid, *decoder)
     return frozenset(kind.model_fields["op"].default for kind in classes)
 
 

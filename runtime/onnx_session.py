@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from runtime import bundle
 from runtime.errors import BundleError, MissingExtra
+from runtime.image import ImageFeatures, View, join_features
 from runtime.manifest import Manifest, Part, StateTensor
 
 Floats = NDArray[np.float32]
@@ -51,24 +52,33 @@ class OnnxBackend:
         self._state = (InPlaceState if in_place else HandedState)(ort, self._decoder, manifest.state)
         self._length = 0
 
-    def encode_image(self, pixels: NDArray[Any]) -> Floats:
-        """Pixels (1, 3, H, W) to features (tokens, hidden)."""
-        part = self._manifest.part("vision_encoder")
-        features = self._vision.run([part.outputs[0].name], {part.inputs[0].name: pixels})[0]
-        return features.reshape(-1, features.shape[-1]).astype(np.float32, copy=False)
+    def encode_view(self, view: View) -> ImageFeatures:
+        """What the vision part makes of one view."""
+        part, deepstack = self._manifest.part("vision_encoder"), self._manifest.deepstack
+        inputs = {spec.name: view.inputs[spec.name] for spec in part.inputs}
+        names = ["image_features", *([deepstack.output] if deepstack else [])]
+        features, *stack = (found.astype(np.float32, copy=False) for found in self._vision.run(names, inputs))
+        features = features.reshape(-1, features.shape[-1])
+        return ImageFeatures(features, (view.grid,), stack[0].reshape(-1, *features.shape) if stack else None)
 
-    def prefill(self, ids: TokenIds, features: Floats | None) -> Floats:
-        """Start a sequence; logits (vocab,) of the last of ids (prompt,)."""
+    def start(self, capacity: int) -> None:
+        """Forget the sequence; a new one of about `capacity` tokens begins."""
         self._length = 0
-        self._state.start(len(ids))
-        embeds = self._embeddings(ids)
-        if features is not None:
-            embeds[0, ids == self._manifest.merge.token] = features
-        return self._step(embeds)
+        self._state.start(capacity)
 
-    def decode(self, token_id: int) -> Floats:
-        """Logits (vocab,) after one more token."""
-        return self._step(self._embeddings(np.array([token_id], dtype=np.int64)))
+    def extend(self, ids: TokenIds, positions: TokenIds, images: Sequence[ImageFeatures]) -> Floats:
+        """Append ids (S,) at positions (rows, S); logits (vocab,) of the last."""
+        embeds = self._embeddings(ids)
+        step: dict[str, NDArray[Any]] = {}
+        is_image = ids == self._manifest.merge.token
+        if images:
+            embeds[0, is_image] = join_features(images).tokens
+        if deepstack := self._manifest.deepstack:
+            stack = np.zeros((deepstack.layers, *embeds.shape), dtype=embeds.dtype)
+            if images:
+                stack[:, 0, is_image] = join_features(images).deepstack
+            step[deepstack.input] = stack
+        return self._step(embeds, positions, step)
 
     def close(self) -> None:
         """Free the models and the state."""
@@ -79,14 +89,16 @@ class OnnxBackend:
         part = self._manifest.part("embed_tokens")
         return self._embed.run([part.outputs[0].name], {part.inputs[0].name: ids[None]})[0]
 
-    def _step(self, embeds: NDArray[Any]) -> Floats:
+    def _step(self, embeds: NDArray[Any], positions: TokenIds, more: dict[str, NDArray[Any]]) -> Floats:
         """Run the decoder on further embeddings (1, S, hidden); logits (vocab,) of the last one."""
         total = self._length + embeds.shape[1]
         step = {
             "inputs_embeds": embeds,
             "attention_mask": np.ones((1, total), dtype=np.int64),
-            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
+            # (batch, S), or (3, batch, S) with M-RoPE
+            "position_ids": positions if len(positions) == 1 else positions[:, None],
             "num_logits_to_keep": np.array(1, dtype=np.int64),
+            **more,
         }
         logits = self._state.run({name: step[name] for name in self._step_inputs}, total)
         self._length = total
@@ -148,6 +160,7 @@ class InPlaceState:
         for i, state in enumerate(self._states):
             buffer = np.zeros(_shape(state, capacity), dtype=state.dtype)
             if old:
+                assert state.sequence_axis is not None  # only such a state is in place
                 filled = (slice(None),) * state.sequence_axis + (slice(self._capacity),)
                 buffer[filled] = old[i]
             value = self._ort.OrtValue.ortvalue_from_numpy(buffer)  # shares the buffer's memory
@@ -160,7 +173,8 @@ class InPlaceState:
 def _shape(state: StateTensor, length: int) -> list[int]:
     """The state's shape for batch 1 and a sequence of `length`."""
     sizes = [size if isinstance(size, int) else 1 for size in state.shape]
-    sizes[state.sequence_axis] = length
+    if state.sequence_axis is not None:
+        sizes[state.sequence_axis] = length
     return sizes
 
 
@@ -210,7 +224,8 @@ def _step_inputs(manifest: Manifest) -> Sequence[str]:
     names = [spec.name for spec in manifest.part("decoder").inputs]
     states = {state.input for state in manifest.state}
     step = [name for name in names if name not in states]
-    if unknown := [name for name in step if name not in STEP_INPUTS]:
+    known = {*STEP_INPUTS, *([manifest.deepstack.input] if manifest.deepstack else [])}
+    if unknown := [name for name in step if name not in known]:
         raise BundleError(
             f"decoder: has inputs {', '.join(unknown)}, which this runtime does not fill; "
             "update pocketvlm or re-export"

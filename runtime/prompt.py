@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from runtime.errors import BundleError, InputError
-from runtime.manifest import Ids, ImageSlot, PromptSpec, Segment
+from runtime.image import PreparedImage
+from runtime.prompt_spec import Ids, ImageSlot, ImageTokens, PromptSpec, Segment
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -32,9 +33,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def render(
-    prompt: PromptSpec, tokenizer: Tokenizer, question: str, image_tokens: Sequence[int]
+    prompt: PromptSpec, tokenizer: Tokenizer, question: str, images: Sequence[PreparedImage]
 ) -> NDArray[np.int64]:
-    """Token ids (prompt,) of one turn; `image_tokens` holds the token count of each picture.
+    """Token ids (prompt,) of the first turn.
 
     Raises InputError when a picture is missing or too many, or the question holds a refused string.
     """
@@ -42,15 +43,31 @@ def render(
         if refused in question:
             raise InputError(f"question: contains {refused!r}, which stands for a picture; leave it out")
     ids: list[int] = list(prompt.system)
-    for segment in _segments(prompt, len(image_tokens)):
+    for segment in _segments(prompt, len(images)):
         if isinstance(segment, Ids):
             ids += segment.ids
         elif isinstance(segment, ImageSlot):
-            image = prompt.image
-            ids += [*image.before, *[image.token] * image_tokens[0], *image.after]
+            for number, image in enumerate(images):
+                ids += [*(segment.between if number else ()), *picture_ids(prompt.image, image)]
         else:
             ids += encode(tokenizer, segment.before + question + segment.after)
     return np.array([*ids, *prompt.assistant], dtype=np.int64)
+
+
+def picture_ids(spec: ImageTokens, image: PreparedImage) -> list[int]:
+    """Ids that stand for one picture."""
+    rows, columns = image.tiles
+    if spec.tiled is None or not rows * columns:
+        return [*spec.before, *[spec.token] * image.tokens, *spec.after]
+    tiled, counts = spec.tiled, [view.tokens for view in image.views]
+    ids = list(tiled.before)
+    for row in range(rows):
+        ids += tiled.row_end if row else ()
+        for column in range(columns):
+            ids += [*tiled.cells[row][column], *[spec.token] * counts[row * columns + column]]
+    if len(counts) > rows * columns:
+        ids += [*tiled.whole, *[spec.token] * counts[-1]]
+    return [*ids, *tiled.after]
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -62,12 +79,8 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _segments(prompt: PromptSpec, images: int) -> tuple[Segment, ...]:
-    if images == 1:
+    if images:
         return prompt.user
-    if images > 1:
-        raise InputError(
-            f"question: has {images} images, this bundle answers about one; ask about each alone"
-        )
     if prompt.user_without_image is None:
         raise InputError("question: has no image, but this bundle answers questions about one; add an image")
     return prompt.user_without_image

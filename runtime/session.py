@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,25 +23,28 @@ from tokenizers import Tokenizer
 from runtime import bundle, image, prompt
 from runtime.errors import InputError
 from runtime.generation import Detokenizer, FinishReason, GenerationOptions, Sampler
-from runtime.image import ImageInput, PreparedImage
+from runtime.image import ImageFeatures, ImageInput, PreparedImage, View
 from runtime.manifest import Manifest
+from runtime.positions import position_ids
 from runtime.threads import default_threads
 
 Floats = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
+Sources = ImageInput | Sequence[ImageInput] | None
+"""The pictures of a question: one, several in their order, or none."""
 
 
 class Backend(Protocol):
     """What a format offers; one sequence at a time."""
 
-    def encode_image(self, pixels: NDArray[Any]) -> Floats:
-        """Pixels (1, 3, H, W) to features (image tokens, hidden)."""
+    def encode_view(self, view: View) -> ImageFeatures:
+        """What the vision part makes of one view."""
 
-    def prefill(self, ids: TokenIds, features: Floats | None) -> Floats:
-        """Start a sequence of ids (prompt,), features at its image tokens; logits (vocab,) of the last."""
+    def start(self, capacity: int) -> None:
+        """Forget the sequence; a new one of about `capacity` tokens begins."""
 
-    def decode(self, token_id: int) -> Floats:
-        """Logits (vocab,) after one more token."""
+    def extend(self, ids: TokenIds, positions: TokenIds, images: Sequence[ImageFeatures]) -> Floats:
+        """Append ids (S,) at positions (rows, S), with features for image tokens; the last's logits."""
 
     def close(self) -> None:
         """Free the models."""
@@ -91,6 +94,7 @@ class Session:
         self._backend: Backend | None = backend
         self._tokenizer = tokenizer
         self._length = 0  # tokens in the running sequence
+        self._position = 0  # of its next token
 
     @classmethod
     def from_manifest(
@@ -112,38 +116,46 @@ class Session:
     # --- steps --------------------------------------------------------
 
     def prepare(self, source: ImageInput) -> PreparedImage:
-        """Pixels (1, 3, H, W) of a path, a file's bytes or a PIL image. Raises InputError when it is none."""
+        """The views of a path, a file's bytes or a PIL image. Raises InputError when it is no picture."""
         return image.prepare(source, self.manifest.image, self.manifest.limits.source_pixels)
 
-    def encode_image(self, prepared: PreparedImage) -> Floats:
-        """Features (image tokens, hidden) float32."""
-        features = self._open().encode_image(prepared.pixels)
-        if len(features) != prepared.tokens:
-            raise InputError(
-                f"image: gave {len(features)} features, the manifest says {prepared.tokens}; re-export"
-            )
-        return features
+    def encode_image(self, prepared: PreparedImage) -> ImageFeatures:
+        """Features of all views, joined."""
+        backend, found = self._open(), []
+        for view in prepared.views:
+            found.append(backend.encode_view(view))
+            if len(found[-1]) != view.tokens:
+                raise InputError(
+                    f"image: gave {len(found[-1])} features, the manifest says {view.tokens}; re-export"
+                )
+        return image.join_features(found)
 
     def prompt_ids(self, question: str, images: Sequence[PreparedImage]) -> TokenIds:
         """Ids (prompt,) as the checkpoint's chat template gives them, the opening of the answer included."""
-        return prompt.render(
-            self.manifest.prompt, self._tokenizer, question, [each.tokens for each in images]
-        )
+        if len(images) > self.manifest.limits.images:
+            raise InputError(
+                f"question: has {len(images)} images, this bundle takes {self.manifest.limits.images} at most"
+            )
+        return prompt.render(self.manifest.prompt, self._tokenizer, question, images)
 
-    def prefill(self, ids: TokenIds, features: Floats | None) -> Floats:
+    def positions(self, ids: TokenIds, images: Sequence[PreparedImage]) -> TokenIds:
+        """Position ids (rows, prompt) of a sequence that begins with these ids."""
+        grids = [view.grid for each in images for view in each.views]
+        return position_ids(self.manifest.positions, ids == self.manifest.merge.token, grids, 0)[0]
+
+    def prefill(self, ids: TokenIds, images: Sequence[ImageFeatures] = ()) -> Floats:
         """Start a new sequence; logits (vocab,) float32 of its last position. InputError when too long."""
         context = self.manifest.limits.context
         if len(ids) > context:
             raise InputError(
                 f"prompt: needs {len(ids)} tokens, {context} are available; ask a shorter question"
             )
-        slots = int(np.count_nonzero(ids == self.manifest.merge.token))
-        given = 0 if features is None else len(features)
+        slots, given = int(np.count_nonzero(ids == self.manifest.merge.token)), sum(map(len, images))
         if slots != given:
             raise InputError(f"prompt: has {slots} image tokens, got {given} image features")
-        logits = self._open().prefill(ids, features)
-        self._length = len(ids)
-        return logits
+        self._open().start(len(ids))
+        self._length, self._position = 0, 0
+        return self._extend(ids, images)
 
     def decode(self, token_id: int) -> Floats:
         """Logits (vocab,) float32 after one more token of the sequence that `prefill` started."""
@@ -152,41 +164,46 @@ class Session:
             raise InputError("decode: no sequence is running; call prefill first")
         if self._length >= context:
             raise InputError(f"decode: needs {self._length + 1} tokens, {context} are available")
-        logits = self._open().decode(token_id)
-        self._length += 1
+        return self._extend(np.array([token_id], dtype=np.int64), ())
+
+    def _extend(self, ids: TokenIds, images: Sequence[ImageFeatures]) -> Floats:
+        grids = [grid for features in images for grid in features.grids]
+        positions, self._position = position_ids(
+            self.manifest.positions, ids == self.manifest.merge.token, grids, self._position
+        )
+        logits = self._open().extend(ids, positions, images)
+        self._length += len(ids)
         return logits
 
     # --- answers ------------------------------------------------------
 
     def stream(
-        self, source: ImageInput | None, question: str, options: GenerationOptions | None = None
+        self, source: Sources, question: str, options: GenerationOptions | None = None
     ) -> Iterator[str]:
         """Text pieces of the answer as they come; afterwards `last_stats` and `last_answer` are set."""
         start = time.perf_counter()
         stats = GenerationStats()
-        prepared = [self.prepare(source)] if source is not None else []
+        prepared = [self.prepare(each) for each in sources_of(source)]
         stats.prepare_ms = _ms_since(start)
         ids = self.prompt_ids(
             question, prepared
         )  # before the costly step: a question that cannot be asked fails
         mark = time.perf_counter()
-        features = self.encode_image(prepared[0]) if prepared else None
+        features = [self.encode_image(each) for each in prepared]
         stats.encode_ms = _ms_since(mark) if prepared else 0.0
         yield from self._generate(ids, features, options or GenerationOptions(), stats, start)
 
-    def ask(
-        self, source: ImageInput | None, question: str, options: GenerationOptions | None = None
-    ) -> Answer:
-        """The whole answer to a question about a picture."""
+    def ask(self, source: Sources, question: str, options: GenerationOptions | None = None) -> Answer:
+        """The whole answer to a question about a picture, several or none."""
         return self._collect(self.stream(source, question, options))
 
     def complete(
-        self, ids: TokenIds, features: Floats | None, options: GenerationOptions | None = None
+        self, ids: TokenIds, images: Sequence[ImageFeatures] = (), options: GenerationOptions | None = None
     ) -> Answer:
-        """The answer to a prompt whose picture is encoded already; its stats have no prepare and encode."""
+        """The answer to a prompt whose pictures are encoded already; its stats have no prepare and encode."""
         start = time.perf_counter()
         return self._collect(
-            self._generate(ids, features, options or GenerationOptions(), GenerationStats(), start)
+            self._generate(ids, images, options or GenerationOptions(), GenerationStats(), start)
         )
 
     def close(self) -> None:
@@ -215,20 +232,20 @@ class Session:
     def _generate(
         self,
         ids: TokenIds,
-        features: Floats | None,
+        images: Sequence[ImageFeatures],
         options: GenerationOptions,
         stats: GenerationStats,
         start: float,
     ) -> Iterator[str]:
         """Pieces of text; `start` is when the question came in, for the time to the first text."""
         stats.prompt_tokens = len(ids)
-        stats.image_tokens = 0 if features is None else len(features)
+        stats.image_tokens = sum(map(len, images))
         detokenizer, sampler = Detokenizer(self._tokenizer), Sampler(options, ids)
         tokens: list[int] = []
         text: list[str] = []
         reason: FinishReason = "length"
         mark = time.perf_counter()
-        logits = self.prefill(ids, features)
+        logits = self.prefill(ids, images)
         stats.prefill_ms = _ms_since(mark)
         while True:
             tokens.append(sampler.pick(logits))
@@ -254,6 +271,13 @@ class Session:
             yield piece
         self.last_stats = stats
         self.last_answer = Answer("".join(text), tokens, reason, stats)
+
+
+def sources_of(given: Sources) -> list[ImageInput]:
+    """As a list."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]  # type: ignore[list-item]
 
 
 def open_bundle(

@@ -10,14 +10,28 @@ from typing import Any, Protocol
 
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
-from runtime.manifest import ImageSpec, PromptSpec
+from runtime.image_spec import ImageSpec
+from runtime.prompt_spec import PromptSpec
+
+
+@dataclass(frozen=True)
+class VisionPart:
+    """The vision module and how to trace it: example inputs by name, and which dimensions vary of each.
+
+    `outputs`: image features (..., T, hidden) first; with deepstack its (layers, T, hidden) after them.
+    """
+
+    module: Any
+    example: dict[str, Any]
+    dynamic: tuple[Any, ...]
+    outputs: tuple[str, ...] = ("image_features",)
 
 
 @dataclass(frozen=True)
 class Modules:
-    """Torch modules of the parts. vision: (N, 3, H, W) -> (N, T, hidden); embed: (B, S) -> (B, S, hidden)."""
+    """Torch modules of the parts. embed: (B, S) -> (B, S, hidden); text and head: `export/decoder.py`."""
 
-    vision: Any
+    vision: VisionPart
     embed: Any
     text: Any
     head: Any

@@ -14,19 +14,20 @@ from torch import nn
 from export import prompts
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
-from export.families.base import Modules
+from export.families.base import Modules, VisionPart
+from runtime.contract import Filter
 from runtime.errors import CheckpointError, MissingExtra
-from runtime.manifest import (
+from runtime.image_spec import (
     ExifRotate,
-    Filter,
     ImageSpec,
     Normalise,
-    PromptSpec,
     ResizeExact,
     ResizeLongestEdge,
-    TensorSpec,
+    TokenGrid,
+    ToNchw,
     ToRgb,
 )
+from runtime.prompt_spec import PromptSpec
 
 _FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """By Pillow's resampling numbers; the filters that the runtime reproduces to the byte."""
@@ -147,7 +148,11 @@ class SmolVlm:
         """The parts as torch modules sharing the checkpoint's weights."""
         model = checkpoint.model
         return Modules(
-            vision=_Vision(model, _side(checkpoint)).eval(),
+            vision=VisionPart(
+                _Vision(model, _side(checkpoint)).eval(),
+                {"pixel_values": torch.zeros(2, 3, _side(checkpoint), _side(checkpoint))},
+                ({0: torch.export.Dim.DYNAMIC},),
+            ),
             embed=model.get_input_embeddings(),
             text=model.model.text_model,
             head=model.lm_head,
@@ -173,10 +178,14 @@ class SmolVlm:
                 ),
                 ResizeExact(height=side, width=side, filter=name),
                 Normalise(subtract=subtract, divide=divide),
+                ToNchw(),
             ),
-            layout="NCHW",
-            pixels=TensorSpec(name="pixel_values", dtype="float32", shape=("num_images", 3, side, side)),
-            tokens=_tokens(checkpoint),
+            tokens=TokenGrid(
+                patch=int(checkpoint.config.vision_config.patch_size),
+                merge=int(checkpoint.config.scale_factor),
+            ),
+            max_views=1,
+            max_tokens=_tokens(checkpoint),
         )
 
     def prompt(self, checkpoint: Checkpoint) -> PromptSpec:

@@ -51,7 +51,7 @@ class Steps(Asks):
         return question
 
     def complete(self, ids: Any, features: Any, options: Any = None) -> Reply:
-        return self.ask(features, ids, options)
+        return self.ask(features[0], ids, options)
 
     def prefill(self, ids: Any, features: Any) -> np.ndarray:
         self.context = ()

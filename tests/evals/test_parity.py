@@ -17,6 +17,7 @@ from evals.parity import ParityCase, compare, greedy_forced, kl_rows
 from evals.torch_session import TorchSession
 from runtime.errors import CheckpointError, InputError
 from runtime.generation import GenerationOptions
+from runtime.image import ImageFeatures
 
 
 class Table:
@@ -26,14 +27,14 @@ class Table:
         self, rows: Sequence[Sequence[float]], features: Sequence[float] = (1.0, 2.0), pixel: float = 0.5
     ) -> None:
         self.rows = np.array(rows, np.float32)
-        self.features = np.array([features], np.float32)
-        self.pixels = np.full((1, 3, 2, 2), pixel, np.float32)
+        self.features = ImageFeatures(np.array([features], np.float32), ((1, 1),))
+        self.pixels = (np.full((1, 3, 2, 2), pixel, np.float32),)
         self.step = 0
 
     def prepare(self, source: object) -> Table:
         return self
 
-    def encode_image(self, prepared: object) -> np.ndarray:
+    def encode_image(self, prepared: object) -> ImageFeatures:
         return self.features
 
     def prompt_ids(self, question: str, images: object) -> np.ndarray:
@@ -148,18 +149,17 @@ def test_a_path_and_its_bytes_are_the_same_file(session: TorchSession, tmp_path:
     path = tmp_path / "picture.png"
     path.write_bytes(out.getvalue())
     from_path, from_bytes = session.prepare(path), session.prepare(out.getvalue())
-    assert np.array_equal(from_path.pixels, from_bytes.pixels)
-    assert not np.array_equal(
-        from_path.pixels, session.prepare(Image.open(path)).pixels
-    )  # memory: not rotated
-    assert from_path.tokens == 16 and from_path.pixels.shape == (1, 3, 64, 64)
+    in_memory = session.prepare(Image.open(path))  # not rotated
+    assert np.array_equal(from_path.pixels[0], from_bytes.pixels[0])
+    assert not np.array_equal(from_path.pixels[0], in_memory.pixels[0])
+    assert from_path.tokens == 16 and from_path.pixels[0].shape == (1, 1, 3, 64, 64)
 
 
 def test_complete_answers_from_features(session: TorchSession) -> None:
     prepared = session.prepare(_picture())
     ids = session.prompt_ids("what color?", [prepared])
     options = GenerationOptions(max_new_tokens=6)
-    answer = session.complete(ids, session.encode_image(prepared), options)
+    answer = session.complete(ids, [session.encode_image(prepared)], options)
     assert answer.token_ids == session.ask(_picture(), "what color?", options).token_ids
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from PIL import Image
 import export
 import runtime
 from distill import fresh
-from export import gate, onnx, target
+from export import gate, onnx, prompts, target
 from export.checkpoint import load, read_config
 from export.families import FAMILIES, family_of
-from runtime import bundle, conformance, files
+from runtime import bundle, conformance, files, image
 from runtime.errors import CheckpointError, InputError, ParityError, PocketError, StateError
+from runtime.prompt import load_tokenizer, render
 from tests.checkpoints import RECIPE, smolvlm_config
 from tests.export.conftest import Exported
 
@@ -75,7 +76,7 @@ def test_rounded_bundles_are_smaller(exported: Exported) -> None:
 def test_manifest_facts(exported: Exported, tiny_checkpoint: Path) -> None:
     manifest = exported.manifest("int8")
     assert manifest.source.sha256 == load(tiny_checkpoint).sha256
-    assert manifest.limits.context == 256 and manifest.image.tokens == 16
+    assert manifest.limits.context == 256 and manifest.image.max_tokens == 16
     assert {"torch", "transformers", "onnxruntime"} <= set(manifest.tool_versions)
     assert len(manifest.state) == 4 and manifest.state[0].sequence_axis == 2
     assert set(manifest.parity.limits) <= set(manifest.parity.figures)
@@ -366,11 +367,13 @@ def test_other_templates_are_cut_into_equal_segments(copy: Path, change: Callabl
     assert template.read_text() != text
     checkpoint = load(copy)
     spec = family_of(checkpoint).prompt(checkpoint)
-    from export import prompts
-    from runtime.prompt import load_tokenizer, render
+    tokenizer, images = load_tokenizer(copy / "tokenizer.json"), family_of(checkpoint).image(checkpoint)
 
-    tokenizer = load_tokenizer(copy / "tokenizer.json")
-    count = prompts.prove(checkpoint, lambda q, n: render(spec, tokenizer, q, [16] * n).tolist(), (1, 0))
+    def assembled(question: str, pictures: Sequence[Any]) -> list[int]:
+        prepared = [image.prepare(picture, images) for picture in pictures]
+        return render(spec, tokenizer, question, prepared).tolist()
+
+    count = prompts.prove(checkpoint, assembled, (1, 0))
     assert count == 2 * len(prompts.PROOF_QUESTIONS)
 
 

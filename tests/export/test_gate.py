@@ -15,7 +15,9 @@ from evals.parity import compare
 from export import gate
 from export.passes import add_initializer, constant
 from runtime.errors import ParityError, PocketError
-from runtime.manifest import Ids, Manifest
+from runtime.image import ImageFeatures
+from runtime.manifest import Manifest
+from runtime.prompt_spec import Ids
 from runtime.session import Session
 from tests.export.conftest import Exported
 
@@ -213,8 +215,9 @@ class _Permuted:
     def __getattr__(self, name: str) -> object:
         return getattr(self._session, name)
 
-    def encode_image(self, prepared: object) -> np.ndarray:
-        return self._session.encode_image(prepared)[::-1].copy()  # type: ignore[arg-type]
+    def encode_image(self, prepared: object) -> ImageFeatures:
+        found = self._session.encode_image(prepared)  # type: ignore[arg-type]
+        return dataclasses.replace(found, tokens=found.tokens[::-1].copy())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from runtime.manifest import (
+from runtime.image_spec import (
     ExifRotate,
-    Ids,
-    ImageSlot,
     ImageSpec,
-    ImageTokens,
     Normalise,
-    PromptSpec,
-    QuestionSlot,
     ResizeExact,
     ResizeLongestEdge,
-    TensorSpec,
+    TokenGrid,
+    ToNchw,
     ToRgb,
 )
+from runtime.prompt_spec import Ids, ImageSlot, ImageTokens, PromptSpec, QuestionSlot
 
 MEAN = 239.6999969482422  # float32(0.94) * 255 in float32
 DEVIATION = 63.75
@@ -29,10 +26,11 @@ def image_spec(longest_edge: int = 64, side: int = 64) -> ImageSpec:
             ResizeLongestEdge(longest_edge=longest_edge, cap=4096, filter="lanczos"),
             ResizeExact(height=side, width=side, filter="lanczos"),
             Normalise(subtract=(MEAN,) * 3, divide=(DEVIATION,) * 3),
+            ToNchw(),
         ),
-        layout="NCHW",
-        pixels=TensorSpec(name="pixel_values", dtype="float32", shape=("num_images", 3, side, side)),
-        tokens=16,
+        tokens=TokenGrid(patch=8, merge=2),
+        max_views=1,
+        max_tokens=16,
     )
 
 

@@ -142,8 +142,8 @@ def too_many_tokens(raw: dict[str, Any]) -> None:
     raw["limits"]["image_tokens"] = 1
 
 
-def flat_pixels(raw: dict[str, Any]) -> None:
-    raw["image"]["pixels"]["shape"] = [3, 64, 64]
+def no_layout(raw: dict[str, Any]) -> None:
+    raw["image"]["operations"].pop()
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def flat_pixels(raw: dict[str, Any]) -> None:
         (no_question, "one question slot"),
         (other_token, "differs from prompt.image.token"),
         (normalise_first, "operations must be"),
-        (resize_before_rgb, "must resize after to_rgb"),
+        (resize_before_rgb, "operations must be"),
         (axis_outside, "sequence_axis 4 is outside"),
         (too_many_tokens, "exceeds limits.image_tokens"),
-        (flat_pixels, "pixels must have 4 dimensions"),
+        (no_layout, "one layout"),
     ],
 )
 def test_other_faults(bundle_copy: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:

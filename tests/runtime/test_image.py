@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from runtime import image
 from runtime.errors import InputError
-from runtime.manifest import ToRgb
+from runtime.image_spec import ToRgb
 from tests.runtime.specs import image_spec
 
 LIMIT = 30_000_000
@@ -36,7 +36,7 @@ def picture(width: int, height: int, channels: int = 3) -> Image.Image:
 
 
 def pixels(source: Any, longest_edge: int = 64, side: int = 64) -> np.ndarray:
-    return image.prepare(source, image_spec(longest_edge, side), LIMIT).pixels
+    return image.prepare(source, image_spec(longest_edge, side), LIMIT).pixels[0]
 
 
 def assert_as_transformers(processor: Any, source: Any, ours: Any = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_stats(session: Session) -> None:
     answer = session.ask(png(), QUESTION, SHORT)
     stats = answer.stats
     assert stats is session.last_stats
-    assert stats.image_tokens == session.manifest.image.tokens
+    assert stats.image_tokens == session.manifest.image.max_tokens
     assert stats.prompt_tokens == len(session.prompt_ids(QUESTION, [session.prepare(png())]))
     assert stats.new_tokens == len(answer.token_ids) == len(stats.decode_ms) + 1
     assert stats.ttft_ms >= stats.prepare_ms + stats.encode_ms + stats.prefill_ms > 0
@@ -83,30 +84,36 @@ def test_stats(session: Session) -> None:
 def test_steps_make_the_answer(session: Session) -> None:
     prepared = session.prepare(png())
     features, ids = session.encode_image(prepared), session.prompt_ids(QUESTION, [prepared])
-    tokens = [int(session.prefill(ids, features).argmax())]
+    tokens = [int(session.prefill(ids, [features]).argmax())]
     while len(tokens) < 12 and tokens[-1] not in session.manifest.tokenizer.stop_ids:
         tokens.append(int(session.decode(tokens[-1]).argmax()))
     assert tokens == session.ask(png(), QUESTION, SHORT).token_ids
-    assert tokens == session.complete(ids, features, SHORT).token_ids
+    assert tokens == session.complete(ids, [features], SHORT).token_ids
 
 
 def test_prefill_equals_prefill_and_decode(session: Session) -> None:
     """One graph serves both: the last logits must not depend on how the tokens came."""
     prepared = session.prepare(png())
     features, ids = session.encode_image(prepared), session.prompt_ids(QUESTION, [prepared])
-    whole = session.prefill(ids, features)
+    whole = session.prefill(ids, [features])
     start = len(ids) - 5
-    session.prefill(ids[:start], features)
+    session.prefill(ids[:start], [features])
     for token in ids[start:]:
         logits = session.decode(int(token))
     np.testing.assert_allclose(logits, whole, atol=1e-4)  # float32, another order of summation
 
 
 def test_logits_do_not_change_after_the_next_step(session: Session) -> None:
-    first = session.prefill(session.prompt_ids(QUESTION, []), None)
+    first = session.prefill(session.prompt_ids(QUESTION, []))
     kept = first.copy()
     session.decode(7)
     assert np.array_equal(first, kept)
+
+
+def test_too_many_pictures_are_refused(session: Session) -> None:
+    prepared = session.prepare(png())
+    with pytest.raises(InputError, match="has 2 images, this bundle takes 1"):
+        session.prompt_ids(QUESTION, [prepared] * 2)
 
 
 def test_the_picture_matters(session: Session) -> None:
@@ -114,7 +121,7 @@ def test_the_picture_matters(session: Session) -> None:
     for seed in (1, 2):
         prepared = session.prepare(png(seed))
         ids = session.prompt_ids(QUESTION, [prepared])
-        logits.append(session.prefill(ids, session.encode_image(prepared)))
+        logits.append(session.prefill(ids, [session.encode_image(prepared)]))
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
 
 
@@ -133,7 +140,7 @@ def test_state_in_place_equals_state_handed_over(
     with with_state(session, tiny_bundle, True) as here, with_state(session, tiny_bundle, False) as handed:
         for length in (9, 30, 5):
             ids = random.integers(6, 200, length)
-            assert np.array_equal(here.prefill(ids, None), handed.prefill(ids, None))
+            assert np.array_equal(here.prefill(ids), handed.prefill(ids))
             for token in random.integers(6, 200, 40).tolist():
                 assert np.array_equal(here.decode(token), handed.decode(token))
 
@@ -158,7 +165,7 @@ def test_the_answer_ends_where_the_context_does(session: Session, tiny_bundle: P
     tokenizer = session.manifest.tokenizer.model_copy(update={"stop_ids": (10**6,)})
     changed = session.manifest.model_copy(update={"limits": limits, "tokenizer": tokenizer})
     with Session.from_manifest(tiny_bundle, changed, threads=1) as small:
-        answer = small.complete(ids, None)
+        answer = small.complete(ids)
         assert (answer.finish_reason, len(answer.token_ids)) == ("context", 4)
         with pytest.raises(InputError, match=f"needs {len(ids) + 4} tokens, {len(ids) + 3} are available"):
             small.decode(7)
@@ -195,7 +202,7 @@ def test_an_image_is_needed_where_the_manifest_says_so(session: Session, tiny_bu
 def test_features_must_fit_the_prompt(session: Session) -> None:
     ids = session.prompt_ids(QUESTION, [session.prepare(png())])
     with pytest.raises(InputError, match=r"has 16 image tokens, got 0"):
-        session.prefill(ids, None)
+        session.prefill(ids)
 
 
 def test_decode_before_prefill(tiny_bundle: Path) -> None:
@@ -246,10 +253,9 @@ def test_the_bundle_conforms(session: Session, tiny_bundle: Path) -> None:
 
 def test_a_reader_that_is_wrong_is_told_so(session: Session, bundle_copy: Path) -> None:
     vector = conformance.record(session, "a", png(), QUESTION)
-    wrong = conformance.Vector(
-        "a", vector.image, QUESTION, vector.pixels + 0.5, vector.ids, vector.logits + 0.1
-    )
-    shorter = conformance.Vector("b", vector.image, "what?", vector.pixels, vector.ids, vector.logits)
+    moved = (vector.pixels[0] + np.float32(0.5),)
+    wrong = dataclasses.replace(vector, pixels=moved, logits=vector.logits + np.float32(0.1))
+    shorter = dataclasses.replace(vector, name="b", question="what?")
     conformance.write(bundle_copy, [wrong, shorter], pixels_tolerance=0.1, logit_tolerance=0.01)
     lines = conformance.check(session, bundle_copy)
     assert lines[0].startswith("a: pixels differ by 0.5")
