@@ -6,8 +6,9 @@ memory at a time. Not here: serving a model to other processes (`distill/answers
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from distill import recipe
 from distill.forward import sharing, tree
@@ -54,17 +56,30 @@ class Whole:
 def load(settings: recipe.Model, dtype: str | None = None) -> PreTrainedModel:
     """A checkpoint's weights on the CPU, in `dtype` (default: the recipe's). None of its code is run."""
     try:
-        found = AutoModelForImageTextToText.from_pretrained(
-            settings.checkpoint,
-            revision=settings.revision,
-            dtype=dtype or settings.dtype,
-            trust_remote_code=False,
-        )
+        with _whole_tensors():
+            found = AutoModelForImageTextToText.from_pretrained(
+                settings.checkpoint,
+                revision=settings.revision,
+                dtype=dtype or settings.dtype,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{settings.checkpoint}: cannot be loaded ({' '.join(str(error).split())[:200]})"
         ) from error
     return cast(PreTrainedModel, found.eval())
+
+
+@contextlib.contextmanager
+def _whole_tensors() -> Iterator[None]:
+    """Under ZeRO-3 transformers loads every model in shards (`zero.Init`), of which no mask can be taken; the
+    student is sharded when Accelerate prepares it."""
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def reader(plan: Recipe, model: recipe.Model) -> CachedEncoder:

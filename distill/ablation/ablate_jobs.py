@@ -96,7 +96,9 @@ def tested(checkpoint: str, plan: Recipe, sources: Sequence[Source]) -> tuple[fl
     """Greedy answers by the questions' own rules: (sum of scores, questions)."""
     from distill import models, recipe
     from distill.answers.engines import HfEngine
+    from distill.forward import sharing
     from distill.forward.sampling import Sampling
+    from distill.forward.tree import Group
     from distill.inputs.data import open_data
     from distill.inputs.encoding import Encoder
     from evals import scorers
@@ -105,7 +107,8 @@ def tested(checkpoint: str, plan: Recipe, sources: Sequence[Source]) -> tuple[fl
     encoder = Encoder.load(checkpoint)
     samples = list(open_data(sources, name="test"))
     sampling = Sampling(max_new_tokens=plan.pool.sampling.max_new_tokens, greedy=True)
-    drawn = HfEngine(model, encoder, rows_per_batch=ROWS).draw(samples, 1, sampling, 0)
+    mode, _ = sharing.choose(model, encoder, [Group(encoder.encode(samples[0]))], gradients=False)
+    drawn = HfEngine(model, encoder, rows_per_batch=ROWS, sharing=mode).draw(samples, 1, sampling, 0)
     return sum(
         scorers.score(sample.scorer, encoder.text(answers[0].ids), sample.answer or "", sample.choices)
         for sample, answers in zip(samples, drawn, strict=True)

@@ -243,9 +243,3 @@ def kept_teachers(weights: Sequence[float], drop: float, seed: Sequence[int]) ->
     kept = kept or {int(generator.choice(taught))}
     left = sum(weights[s] for s in kept)
     return [weight * sum(weights) / left if s in kept else 0.0 for s, weight in enumerate(weights)]
-
-
-def loss_weights(loss_st: torch.Tensor) -> torch.Tensor:
-    """MT-BERT's weights from each teacher's loss l (S, T) on the label: 1 / (1 + l), scaled to sum to 1."""
-    raw_st = 1 / (1 + loss_st)
-    return raw_st / raw_st.sum(0)

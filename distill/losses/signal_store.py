@@ -31,27 +31,10 @@ from torch import nn
 from distill.losses.lm_head import Head, row_blocks
 from distill.losses.signal import Approximation, LiveSignal, Signal, TopKSignal, approximation
 from runtime import files
-from runtime.errors import CheckpointError, StateError
+from runtime.errors import StateError
 
 SHARD_MIB = 64
 OPEN_SHARDS = 64
-
-
-def checkpoint_hash(directory: Path) -> str:
-    """Identity of a checkpoint's weights: SHA-256 over its safetensors files' names and contents."""
-    found = sorted(directory.glob("*.safetensors"))
-    if not found:
-        raise CheckpointError(f"{directory}: no safetensors files; a cached signal needs the weights' hash")
-    return files.sha256_json({path.name: files.sha256_file(path) for path in found})
-
-
-def state_hash(model: nn.Module) -> str:
-    """Identity of weights in memory: SHA-256 over names, types, shapes and bytes of the state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def entry_key(sample: str, ids: Sequence[int]) -> str:

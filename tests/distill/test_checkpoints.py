@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations import deepspeed
 
+from distill import models, recipe
 from distill.forward import tree
 from distill.forward.feature_store import FeatureStore
 from distill.inputs.encoding import Encoder
@@ -431,3 +433,20 @@ def test_out_of_memory_has_advice(student: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tree, "hidden_states", full)
     with pytest.raises(TrainingError, match=r"step 0: out of memory .*lower `train.tokens_per_device`"):
         fit(student, tmp_path, steps=1)
+
+
+def test_zero_3_does_not_shard_what_is_loaded(student: Path) -> None:
+    """Masks need whole tensors; with ZeRO-3 on, transformers would load through `zero.Init`."""
+
+    class ZeroThree:
+        def is_zero3(self) -> bool:
+            return True
+
+    config = ZeroThree()
+    deepspeed.set_hf_deepspeed_config(config)
+    try:
+        model = models.load(recipe.Model(checkpoint=str(student)))
+        assert deepspeed.is_deepspeed_zero3_enabled(), "the run's own setting stands afterwards"
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert all(parameter.numel() for parameter in model.parameters())

@@ -141,9 +141,6 @@ def test_a_mixture_mixes_probabilities() -> None:
 
 def test_weights() -> None:
     assert signal.even_weights([0.9, 0.6], 3).tolist() == [[pytest.approx(0.6)] * 3, [pytest.approx(0.4)] * 3]
-    losses = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
-    assert signal.loss_weights(losses)[:, 0].tolist() == pytest.approx([2 / 3, 1 / 3])
-    assert signal.loss_weights(losses)[:, 1].tolist() == [0.5, 0.5]
     for wrong in ([], [0.0, 0.0], [-1.0, 2.0]):
         with pytest.raises(TrainingError, match="weights"):
             signal.even_weights(wrong, 1)
