@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
 from runtime.image_spec import ImageSpec
+from runtime.manifest import Deepstack, Positions1d, PositionsMrope
 from runtime.prompt_spec import PromptSpec
 
 
@@ -38,7 +39,10 @@ class Modules:
 
 
 class Family(Protocol):
-    """One architecture (or several that are cut alike). Every method may raise CheckpointError."""
+    """One architecture (or several that are cut alike). Every method may raise CheckpointError.
+
+    A family inherits from it: `positions` and `deepstack` then have the usual answers.
+    """
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -58,3 +62,11 @@ class Family(Protocol):
 
     def prompt(self, checkpoint: Checkpoint) -> PromptSpec:
         """Prompt segments; `prompts.prove` holds them against the chat template."""
+
+    def positions(self, checkpoint: Checkpoint) -> Positions1d | PositionsMrope:
+        """How position ids count; 0, 1, 2, ... unless a family says otherwise."""
+        return Positions1d()
+
+    def deepstack(self, checkpoint: Checkpoint) -> Deepstack | None:
+        """Where vision features go besides the embeddings; None: nowhere."""
+        return None
