@@ -1,6 +1,6 @@
-"""The decoder's token ids for one question about a picture, from a manifest's prompt section.
+"""The decoder's token ids for a question about pictures, first or later, from a manifest's prompt section.
 
-In: a question and how many picture tokens go in. Out: ids equal to the checkpoint's chat template.
+In: a question and the pictures' views. Out: ids equal to the checkpoint's chat template.
 Not here: jinja, pictures, answers.
 
 As in transformers, a special token written in a question is that special token; strings that the checkpoint's
@@ -39,11 +39,49 @@ def render(
 
     Raises InputError when a picture is missing or too many, or the question holds a refused string.
     """
+    if not images and prompt.user_without_image is None:
+        raise InputError("question: has no image, but this bundle answers questions about one; add an image")
+    user = prompt.user if images else prompt.user_without_image
+    turn = _turn(prompt, tokenizer, user or (), question, images)
+    return np.array([*prompt.system, *turn, *prompt.assistant], dtype=np.int64)
+
+
+def render_later(
+    prompt: PromptSpec,
+    tokenizer: Tokenizer,
+    question: str,
+    images: Sequence[PreparedImage],
+    ended_with: int | None,
+) -> NDArray[np.int64]:
+    """Token ids (prompt,) of a further turn, which follow an answer that is part of the sequence.
+
+    `ended_with`: the sequence's last id if it ended the answer; it is not repeated. Raises InputError as
+    `render` does, and when the bundle takes one turn only.
+    """
+    if prompt.later is None:
+        raise InputError("question: this bundle answers one question at a time; start a new conversation")
+    if images and prompt.later.user is None:
+        raise InputError("question: has an image, but later questions of this bundle take none; start anew")
+    user = prompt.later.user if images else prompt.later.user_without_image
+    end = prompt.later.turn_end
+    closed = end[1:] if end and end[0] == ended_with else end
+    turn = _turn(prompt, tokenizer, user or (), question, images)
+    return np.array([*closed, *turn, *prompt.assistant], dtype=np.int64)
+
+
+def _turn(
+    prompt: PromptSpec,
+    tokenizer: Tokenizer,
+    segments: Sequence[Segment],
+    question: str,
+    images: Sequence[PreparedImage],
+) -> list[int]:
+    """Ids of a user's turn."""
     for refused in prompt.refused_text:
         if refused in question:
             raise InputError(f"question: contains {refused!r}, which stands for a picture; leave it out")
-    ids: list[int] = list(prompt.system)
-    for segment in _segments(prompt, len(images)):
+    ids: list[int] = []
+    for segment in segments:
         if isinstance(segment, Ids):
             ids += segment.ids
         elif isinstance(segment, ImageSlot):
@@ -51,7 +89,7 @@ def render(
                 ids += [*(segment.between if number else ()), *picture_ids(prompt.image, image)]
         else:
             ids += encode(tokenizer, segment.before + question + segment.after)
-    return np.array([*ids, *prompt.assistant], dtype=np.int64)
+    return ids
 
 
 def picture_ids(spec: ImageTokens, image: PreparedImage) -> list[int]:
@@ -76,11 +114,3 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
     except (TypeError, UnicodeError) as error:  # lone surrogates, as from bytes that were no UTF-8
         raise InputError(f"question: is no valid Unicode text ({error}); give it as UTF-8") from error
-
-
-def _segments(prompt: PromptSpec, images: int) -> tuple[Segment, ...]:
-    if images:
-        return prompt.user
-    if prompt.user_without_image is None:
-        raise InputError("question: has no image, but this bundle answers questions about one; add an image")
-    return prompt.user_without_image
