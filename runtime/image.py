@@ -2,7 +2,8 @@
 
 In: a path, the bytes of a file, or a PIL image, and a manifest's image section. Out: `PreparedImage`,
 whose views hold what the vision part takes.
-Not here: the vision part itself, resampling arithmetic (`runtime/resample.py`).
+Not here: the vision part itself, sizes (`runtime/geometry.py`), cutting into views (`runtime/tiles.py`),
+patches (`runtime/patches.py`), resampling arithmetic (`runtime/resample.py`).
 
 Where a picture comes from matters, because it does so in transformers: a *file* (path or bytes) is turned
 upright by its EXIF tag, a PIL image is taken as it is; `to_rgb@1` says what each does with transparency.
@@ -22,15 +23,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from runtime import resample
+from runtime import geometry, patches, resample, tiles
 from runtime.errors import InputError
 from runtime.image_spec import (
     VIEWS,
     ExifRotate,
+    GridTiles,
     ImageSpec,
     Normalise,
+    PatchifyBlocks,
+    PatchifyPadded,
     ResizeExact,
     ResizeLongestEdge,
+    SmartResize,
+    SplitTiles,
     ToNchw,
     ToRgb,
 )
@@ -104,10 +110,10 @@ def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int = MAX_SO
     value: Any = load(source, max_source_pixels)
     *picture_operations, normalise, layout = spec.operations
     views: list[Bytes] = []
-    tiles = (0, 0)
+    cut = (0, 0)
     for operation in picture_operations:
         if operation.op.split("@")[0] in VIEWS:
-            views, tiles = CUTS[type(operation)](value, operation)
+            views, cut = CUTS[type(operation)](value, operation)
         else:
             value = OPERATIONS[type(operation)](value, operation, from_file)
     return PreparedImage(
@@ -118,7 +124,7 @@ def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int = MAX_SO
             )
             for pixels in views or [value]
         ),
-        tiles,
+        cut,
     )
 
 
@@ -218,31 +224,14 @@ def _high_byte(picture: Image.Image) -> Image.Image:
     return Image.fromarray((np.clip(np.asarray(picture), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
 
 
-def longest_edge_size(height: int, width: int, longest_edge: int, cap: int) -> tuple[int, int]:
-    """(height, width) after `resize_longest_edge@1`: doubles, truncated, an odd shorter edge grows by one."""
-    aspect = width / height
-    if width >= height:
-        width, height = longest_edge, int(longest_edge / aspect)
-        height += height % 2
-    else:
-        width, height = int(longest_edge * aspect), longest_edge
-        width += width % 2
-    height, width = max(height, 1), max(width, 1)
-    aspect = width / height
-    if width >= height and width > cap:
-        width, height = cap, int(cap / aspect)
-    elif height > width and height > cap:
-        width, height = int(cap * aspect), cap
-    return max(height, 1), max(width, 1)
-
-
 def _resize_longest_edge(pixels: Bytes, operation: ResizeLongestEdge, _: bool) -> Bytes:
-    height, width = longest_edge_size(pixels.shape[0], pixels.shape[1], operation.longest_edge, operation.cap)
-    return resample.resize(pixels, height, width, operation.filter)
+    height, width = pixels.shape[:2]
+    size = geometry.longest_edge_size(height, width, operation.longest_edge, operation.cap)
+    return resample.resize(pixels, *size, operation.filter)
 
 
-def _resize_exact(pixels: Bytes, operation: ResizeExact, _: bool) -> Bytes:
-    return resample.resize(pixels, operation.height, operation.width, operation.filter)
+def _resize(pixels: Bytes, operation: ResizeExact | SmartResize, _: bool) -> Bytes:
+    return tiles.resized(pixels, operation)
 
 
 def _normalise(pixels: Bytes, operation: Any) -> NDArray[np.float32]:
@@ -261,12 +250,17 @@ OPERATIONS: dict[type, Callable[[Any, Any, bool], Any]] = {
     ExifRotate: _exif_rotate,
     ToRgb: _to_rgb,
     ResizeLongestEdge: _resize_longest_edge,
-    ResizeExact: _resize_exact,
+    ResizeExact: _resize,
+    SmartResize: _resize,
 }
 """On the picture: (value, operation, whether it is from a file) -> value."""
 
-CUTS: dict[type, Callable[[Bytes, Any], tuple[list[Bytes], tuple[int, int]]]] = {}
+CUTS: dict[type, Callable[[Bytes, Any], tiles.Cut]] = {SplitTiles: tiles.split, GridTiles: tiles.grid}
 """(H, W, 3) bytes -> views as bytes, in their order, and the (rows, columns) of tiles."""
 
-LAYOUTS: dict[type, Callable[[NDArray[np.float32], Any], dict[str, NDArray[Any]]]] = {ToNchw: _to_nchw}
+LAYOUTS: dict[type, Callable[[NDArray[np.float32], Any], dict[str, NDArray[Any]]]] = {
+    ToNchw: _to_nchw,
+    PatchifyBlocks: patches.blocks,
+    PatchifyPadded: patches.padded,
+}
 """A view's (H, W, 3) float32 -> the vision part's inputs by name."""

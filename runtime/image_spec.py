@@ -47,6 +47,74 @@ class ResizeExact(Contract):
     filter: Filter
 
 
+class SmartResize(Contract):
+    """Both sides to multiples of `factor` near the picture's aspect, the area within bounds.
+
+    `aspect_limit`: a picture whose longer side is more than so many times the shorter is refused; null: none
+    is. `at_least_factor`: a side that rounds to 0 counts as one `factor` when the area is compared.
+    """
+
+    op: Literal["smart_resize@1"] = "smart_resize@1"
+    factor: int = Field(gt=0)
+    min_pixels: int = Field(gt=0)
+    max_pixels: int = Field(gt=0)
+    aspect_limit: int | None = Field(default=None, gt=0)
+    at_least_factor: bool = False
+    filter: Filter
+
+    @model_validator(mode="after")
+    def _bounds(self) -> SmartResize:
+        if not self.min_pixels <= self.max_pixels or self.max_pixels < self.factor**2:
+            raise ValueError(
+                f"smart_resize: {self.min_pixels} to {self.max_pixels} pixels cannot be met in steps of "
+                f"{self.factor} x {self.factor}"
+            )
+        return self
+
+
+class SplitTiles(Contract):
+    """Both sides up to multiples of `side`, cut into squares of `side`; then the whole, made one such square.
+
+    A picture of one square is one view and no tile.
+    """
+
+    op: Literal["tiles.split@1"] = "tiles.split@1"
+    side: int = Field(gt=0)
+    filter: Filter
+
+
+class LargePicture(Contract):
+    """A picture whose sides, rounded to multiples of `factor` and at least `least`, cover more `pixels`."""
+
+    factor: int = Field(gt=0)
+    least: int = Field(gt=0)
+    pixels: float = Field(ge=0)
+
+
+class GridTiles(Contract):
+    """Stretch to the grid of height x width tiles whose aspect is nearest, and cut it; then the whole.
+
+    `grids`: candidate (rows, columns), in the order in which they are tried. `only`: which pictures are cut;
+    null: all. `whole`: how the whole view is made from the picture as it came here. A picture that is not
+    cut, or whose grid is 1 x 1, is that view alone. `whole_after_tiles`: whether it also follows tiles.
+    """
+
+    op: Literal["tiles.grid@1"] = "tiles.grid@1"
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    grids: tuple[tuple[int, int], ...] = Field(min_length=1)
+    only: LargePicture | None = None
+    whole: Annotated[ResizeExact | SmartResize, Field(discriminator="op")]
+    whole_after_tiles: bool = True
+    filter: Filter
+
+    @model_validator(mode="after")
+    def _grids(self) -> GridTiles:
+        if any(side < 1 for grid in self.grids for side in grid):
+            raise ValueError("tiles.grid: a grid has at least one row and one column")
+        return self
+
+
 class Normalise(Contract):
     """float32 `(byte - subtract) / divide` by channel; both numbers are in units of bytes (0-255)."""
 
@@ -61,18 +129,54 @@ class ToNchw(Contract):
     op: Literal["to_nchw@1"] = "to_nchw@1"
 
 
+class PatchifyBlocks(Contract):
+    """`pixel_values` (patches, 3 * frames * patch * patch) float32, `image_grid_thw` (1, 3) int64.
+
+    Patches in blocks of merge x merge, the blocks in reading order, the patches of a block in reading order.
+    A patch is channel, frame (the picture repeated), row, column.
+    """
+
+    op: Literal["patchify.blocks@1"] = "patchify.blocks@1"
+    patch: int = Field(gt=0)
+    merge: int = Field(gt=0)
+    frames: int = Field(gt=0)
+
+
+class PatchifyPadded(Contract):
+    """`pixel_values` (1, length, patch * patch * 3) float32, `pixel_attention_mask` (1, length) int32 and
+    `spatial_shapes` (1, 2) int64.
+
+    Patches in reading order, zeros after them; a patch is row, column, channel. More than `length` patches:
+    the picture is refused.
+    """
+
+    op: Literal["patchify.padded@1"] = "patchify.padded@1"
+    patch: int = Field(gt=0)
+    length: int = Field(gt=0)
+
+
 ImageOperation = Annotated[
-    ExifRotate | ToRgb | ResizeLongestEdge | ResizeExact | Normalise | ToNchw,
+    ExifRotate
+    | ToRgb
+    | ResizeLongestEdge
+    | ResizeExact
+    | SmartResize
+    | SplitTiles
+    | GridTiles
+    | Normalise
+    | ToNchw
+    | PatchifyBlocks
+    | PatchifyPadded,
     Field(discriminator="op"),
 ]
 
-PICTURE = ("resize_longest_edge", "resize_exact")
+PICTURE = ("resize_longest_edge", "resize_exact", "smart_resize")
 """Operations on one picture, between `to_rgb` and the views."""
 
-VIEWS: tuple[str, ...] = ()
+VIEWS = ("tiles.split", "tiles.grid")
 """Operations that cut a picture into views; at most one, after those on the picture."""
 
-LAYOUTS = ("to_nchw",)
+LAYOUTS = ("to_nchw", "patchify.blocks", "patchify.padded")
 """Operations that give the vision part's inputs; exactly one, the last."""
 
 
@@ -114,5 +218,25 @@ class ImageSpec(Contract):
             raise ValueError(
                 "operations must be [exif_rotate,] to_rgb, resizes, [one that cuts into views,] normalise, "
                 f"one layout; got {kinds}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patches(self) -> ImageSpec:
+        """Resizing, layout and token count must mean the same patches."""
+        token = self.tokens.patch * self.tokens.merge
+        for operation in self.operations:
+            for resize in (operation, getattr(operation, "whole", None)):
+                if isinstance(resize, SmartResize) and resize.factor % token:
+                    raise ValueError(
+                        f"smart_resize: factor {resize.factor} is no multiple of a token's {token}"
+                    )
+        layout = self.operations[-1]
+        patch = getattr(layout, "patch", self.tokens.patch)
+        merge = getattr(layout, "merge", self.tokens.merge)
+        if (patch, merge) != (self.tokens.patch, self.tokens.merge):
+            raise ValueError(
+                f"{layout.op}: patch {patch} and merge {merge}, but tokens have {self.tokens.patch} and "
+                f"{self.tokens.merge}"
             )
         return self
