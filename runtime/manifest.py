@@ -95,6 +95,20 @@ class StateTensor(Contract):
 Positions = Annotated[Positions1d | PositionsMrope, Field(discriminator="op")]
 
 
+class StaticCache(Contract):
+    """Graphs of fixed shapes: `embed_tokens` and `decoder_prefill` take `chunk` tokens, `decoder` takes one.
+
+    Each `state` input is a buffer as long as the context on its `sequence_axis`; the output holds the new
+    tokens' entries only, which the reader copies into the buffer at their place. `past_mask` (1, 1, 1, context)
+    is 0 at tokens that the buffers hold and `masked` elsewhere; among the new ones the graph is causal itself.
+    A last chunk that is not full is padded on the right, and `logits_index` (1,) names its last token.
+    """
+
+    op: Literal["cache.static@1"] = "cache.static@1"
+    chunk: int = Field(gt=0)
+    masked: float = Field(lt=0, allow_inf_nan=False)
+
+
 class Limits(Contract):
     """What a session accepts: tokens of the whole sequence, tokens of a picture, pictures, source pixels."""
 
@@ -141,9 +155,13 @@ class OnnxFacts(Contract):
 
 
 class Part(Contract):
-    """One executable part; a directory's hash is that of its sorted per-file hashes (`digest`)."""
+    """One executable part; a directory's hash is that of its sorted per-file hashes (`digest`).
 
-    role: Literal["vision_encoder", "embed_tokens", "decoder"]
+    `data`: further files that the part's file refers to by name, in the same directory (weights that did not
+    fit into one file). `sha256` and `bytes` are those of the file at `path` alone.
+    """
+
+    role: Literal["vision_encoder", "embed_tokens", "decoder", "decoder_prefill"]
     path: RelativePath
     sha256: Sha256
     bytes: int = Field(ge=0)
@@ -151,14 +169,16 @@ class Part(Contract):
     outputs: tuple[TensorSpec, ...]
     bits: tuple[WeightBits, ...]
     onnx: OnnxFacts | None = None
+    data: tuple[FileRef, ...] = ()
 
 
 class Source(Contract):
-    """The checkpoint the bundle was made from."""
+    """The checkpoint the bundle was made from; `changed`: settings of it that this export has set otherwise."""
 
     name: str
     sha256: Sha256
     parameters: int = Field(ge=0)
+    changed: dict[str, bool | int] = Field(default_factory=dict)
 
 
 class Parity(Contract):
@@ -176,13 +196,19 @@ class Parity(Contract):
         return self
 
 
+_ROLES = ["decoder", "embed_tokens", "vision_encoder"]
+
+
 class Manifest(Contract):
     """The whole contract of one bundle."""
 
     manifest_version: Literal[1] = 1
     name: str = Field(min_length=1)
     format: Literal["onnx"]
+    flavour: Literal["ort-fused", "portable-static"] = "ort-fused"
     precision: str
+    target: str | None = Field(default=None, description="the preset that it was exported for")
+    providers: tuple[str, ...] = Field(default=(), description="execution providers, the preferred one first")
     requires: tuple[str, ...]
     image: ImageSpec
     prompt: PromptSpec
@@ -190,6 +216,7 @@ class Manifest(Contract):
     deepstack: Deepstack | None = None
     positions: Positions
     attention: CausalAttention
+    static: StaticCache | None = None
     state: tuple[StateTensor, ...]
     limits: Limits
     tokenizer: TokenizerSpec
@@ -198,16 +225,24 @@ class Manifest(Contract):
     tool_versions: dict[str, str]
     parity: Parity
     conformance: FileRef
+    notes: tuple[str, ...] = Field(
+        default=(), description="for people: what the checkpoint does and this bundle does not, and why"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if tuple(self.requires) != self.operations():
             raise ValueError(f"requires must name exactly the operations used: {list(self.operations())}")
         roles = sorted(part.role for part in self.parts)
-        if roles != ["decoder", "embed_tokens", "vision_encoder"]:
+        if [role for role in roles if role != "decoder_prefill"] != _ROLES or len(roles) > len(_ROLES) + 1:
             raise ValueError(
-                f"parts must be one vision_encoder, one embed_tokens and one decoder, got {roles}"
+                "parts must be one vision_encoder, one embed_tokens, one decoder and at most one "
+                f"decoder_prefill, got {roles}"
             )
+        if (self.flavour == "portable-static") != (self.static is not None):
+            raise ValueError(f"flavour {self.flavour!r} and static do not go together")
+        if self.static is not None and "decoder_prefill" not in roles:
+            raise ValueError("static needs a decoder_prefill part")
         if self.image.max_tokens > self.limits.image_tokens:
             raise ValueError(f"image.max_tokens {self.image.max_tokens} exceeds limits.image_tokens")
         if self.merge.token != self.prompt.image.token:
@@ -223,14 +258,17 @@ class Manifest(Contract):
             *([self.deepstack] if self.deepstack else []),
             self.positions,
             self.attention,
+            *([self.static] if self.static else []),
         )
 
     def part(self, role: str) -> Part:
         return next(part for part in self.parts if part.role == role)
 
     def files(self) -> Iterator[FileRef | Part]:
-        """Everything with a hash, parts first."""
-        yield from self.parts
+        """Everything with a hash, parts first, each with its data files."""
+        for part in self.parts:
+            yield part
+            yield from part.data
         yield self.tokenizer.file
         yield self.conformance
 
@@ -243,7 +281,7 @@ def operations_of(*operations: Any) -> tuple[str, ...]:
 def known_operations() -> frozenset[str]:
     """Every operation that this runtime carries out."""
     image = get_args(get_args(ImageOperation)[0])
-    decoder = (ReplaceTokens, Deepstack, *get_args(get_args(Positions)[0]), CausalAttention)
+    decoder = (ReplaceTokens, Deepstack, *get_args(get_args(Positions)[0]), CausalAttention, StaticCache)
     classes: tuple[type[BaseModel], ...] = (*image, TokenGrid, *decoder)
     return frozenset(kind.model_fields["op"].default for kind in classes)
 
