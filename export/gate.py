@@ -27,12 +27,14 @@ from PIL import Image
 
 from evals.parity import NEAR_TIE, ParityCase, ParityResult, Steps, compare, greedy_forced
 from evals.torch_session import TorchSession
-from export import audit, prompts
+from export import audit, proof, storage
+from export.calibrate import Calibration
 from export.checkpoint import Checkpoint
 from runtime.errors import ParityError
 from runtime.generation import GenerationOptions
 from runtime.image import ImageInput, load
 from runtime.manifest import Limits, Manifest, Parity
+from runtime.prompt import load_tokenizer
 from runtime.session import Session
 
 FORCED_STEPS = 8
@@ -94,17 +96,19 @@ def _png(picture: Image.Image, **options: Any) -> bytes:
 
 
 def make_cases(
-    reference: TorchSession, samples: Sequence[ImageInput], *, text_only: bool
+    reference: TorchSession, samples: Sequence[ImageInput], *, text_only: bool, images: int = 1
 ) -> list[ParityCase]:
-    """Cases over our own pictures and the user's, each with forced tokens; the last may have no picture."""
+    """Cases over our own pictures and the user's, two in one turn and none, each with forced tokens."""
     for sample in samples:
         load(sample, Limits.model_fields["source_pixels"].default)  # one clear line for what is no picture
     found = [*pictures(), *((f"sample-{index}", sample) for index, sample in enumerate(samples))]
-    questions = [question for question in prompts.PROOF_QUESTIONS if question.strip()]
+    questions = [question for question in proof.QUESTIONS if question.strip()]
     cases = [
         ParityCase(name, questions[index % len(questions)], image)
         for index, (name, image) in enumerate(found)
     ]
+    if images > 1:
+        cases.append(ParityCase("two-pictures", questions[1], [found[1][1], found[0][1]]))
     if text_only:
         cases.append(ParityCase("no-picture", questions[0]))
     vocab = int(reference.model.config.text_config.vocab_size)
@@ -127,7 +131,7 @@ def check_float(
     """Hold the float32 parts in `staged` against the checkpoint. Raises ParityError (or BundleError)."""
     _check_embedding_rows(checkpoint, staged, draft)
     with Session.from_manifest(staged, draft, threads=1) as session:
-        _check_prompts(checkpoint, session)
+        _check_prompts(checkpoint, staged, draft, session)
         result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
         for case in cases:
             _check_greedy(reference, session, case)
@@ -142,6 +146,7 @@ def check_quantized(
     reference: TorchSession,
     cases: Sequence[ParityCase],
     scratch: Path,
+    calibration: Calibration | None = None,
 ) -> Parity:
     """Audit the written parts against the float graphs, then run them against their float twins.
 
@@ -153,16 +158,18 @@ def check_quantized(
     for role in originals:
         part = draft.part(role)
         twin = audit.float_twin(_read_part(staged, part.path))
-        figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(originals[role], twin, part.path)
+        figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(
+            originals[role], twin, part.path, calibration
+        )
         twins[role] = twin.model
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         for role, model in twins.items():
             path = Path(folder) / draft.part(role).path
             path.parent.mkdir(parents=True, exist_ok=True)
-            ir.save(model, path)
+            storage.save(model, path)
         shutil.copyfile(staged / draft.tokenizer.file.path, Path(folder) / draft.tokenizer.file.path)
         with (
-            Session.from_manifest(Path(folder), draft, threads=1) as twin_session,
+            Session.from_manifest(Path(folder), audit.twin_manifest(draft), threads=1) as twin_session,
             Session.from_manifest(staged, draft, threads=1) as session,
         ):
             against_twin = _measure(twin_session, session, cases, ROUNDED_LIMITS, "float twin")
@@ -205,13 +212,10 @@ def _check_embedding_rows(checkpoint: Checkpoint, staged: Path, draft: Manifest)
             raise ParityError(f"gate: {part.path}: the embedding of id {wrong} is not the checkpoint's")
 
 
-def _check_prompts(checkpoint: Checkpoint, session: Session) -> None:
-    numbers = (1, 0) if session.manifest.prompt.user_without_image is not None else (1,)
-    prompts.prove(
-        checkpoint,
-        lambda question, images: session.prompt_ids(question, [*map(session.prepare, images)]).tolist(),
-        numbers,
-    )
+def _check_prompts(checkpoint: Checkpoint, staged: Path, draft: Manifest, session: Session) -> None:
+    """On the tokenizer just written, by the operations that the manifest lists."""
+    tokenizer = load_tokenizer(staged / draft.tokenizer.file.path)
+    proof.prove(checkpoint, draft.prompt, tokenizer, session.prepare, draft.limits.images)
 
 
 def _measure(

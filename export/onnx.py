@@ -13,24 +13,24 @@ import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
 from evals.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import gate, prompts, target
-from export.checkpoint import Checkpoint, load
+from export import calibrate, gate, proof, storage, target
+from export.checkpoint import Checkpoint, load, read_config
 from export.decoder import IR_VERSION
-from export.families import Family, family_of
+from export.families import Family, check_type, family_of, without_tiles
 from export.graphs import ROLES, trace_all
-from export.quantize import policy, quantize, suffix, weight_bits
+from export.quantize import fallbacks, quantize, resolve, suffix, weight_bits
+from export.quantize_facts import min_onnxruntime
 from runtime import bundle, conformance, files
 from runtime.contract import TensorSpec
 from runtime.errors import CheckpointError
 from runtime.image import ImageInput
-from runtime.image import prepare as prepare_image
 from runtime.image_spec import ImageSpec, Normalise
 from runtime.manifest import (
     CausalAttention,
@@ -40,16 +40,17 @@ from runtime.manifest import (
     OnnxFacts,
     Parity,
     Part,
-    Positions1d,
     ReplaceTokens,
     Source,
     StateTensor,
     TokenizerSpec,
     operations_of,
 )
-from runtime.prompt import render
 from runtime.prompt_spec import PromptSpec
 from runtime.session import Session
+
+MAX_IMAGES = 4
+"""Pictures in a conversation unless told otherwise; the context may hold fewer."""
 
 Progress = Callable[[str], None]
 """Called with one line at the start of every step."""
@@ -61,9 +62,9 @@ _FILES = {
 }
 _COPIED = ("config.json", "generation_config.json")
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "optimum")
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64", "INT32": "int32"}
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8"}
 
-_LOGIT_SPREAD = {"fp32": 1e-4, "int8": 0.05, "int4": 0.05}
+_LOGIT_SPREAD, _ROUNDED_SPREAD = 1e-4, 0.05
 """Conformance tolerance over the largest logit: order of summation; integer kernels differ by processor."""
 
 
@@ -79,6 +80,9 @@ class Facts:
     reference: TorchSession
     cases: Sequence[ParityCase]
     say: Progress
+    images: int = 1
+    notes: tuple[str, ...] = ()
+    changed: Mapping[str, bool | int] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -88,15 +92,25 @@ def export_onnx(
     names: Mapping[str, str],
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
+    split_images: bool = True,
+    max_images: int = MAX_IMAGES,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate."""
     for precision, path in targets.items():
-        policy(precision)
+        resolve(precision)
         target.check(path)
     say = progress or (lambda _: None)
     say("reading the checkpoint")
-    facts = prepare(load(checkpoint), sample_images, say, image_required=image_required)
+    check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
+    facts = prepare(
+        load(checkpoint),
+        sample_images,
+        say,
+        image_required=image_required,
+        split_images=split_images,
+        max_images=max_images,
+    )
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
         if "fp32" not in targets:
             # the rounded parts are judged by the float graphs, so these pass the gate in any case
@@ -112,49 +126,90 @@ def export_onnx(
 
 
 def prepare(
-    checkpoint: Checkpoint, samples: Sequence[ImageInput], say: Progress, *, image_required: bool = False
+    checkpoint: Checkpoint,
+    samples: Sequence[ImageInput],
+    say: Progress,
+    *,
+    image_required: bool = False,
+    split_images: bool = True,
+    max_images: int = MAX_IMAGES,
 ) -> Facts:
-    """Trace the float32 graphs and collect the reference's forced tokens."""
+    """Trace the float32 graphs and collect the reference's forced tokens.
+
+    Without `split_images` a checkpoint that cuts pictures into tiles is taken without them, its reference
+    too. A conversation of the bundle takes at most `max_images` pictures, fewer where the context ends.
+    """
+    changed = {} if split_images else without_tiles(checkpoint)
     family = family_of(checkpoint)
     image, prompt = family.image(checkpoint), family.prompt(checkpoint)
     if image_required:
         prompt = prompt.model_copy(update={"user_without_image": None})
-    tokenizer = checkpoint.tokenizer.backend_tokenizer
-    prompts.prove(  # before the costly steps; the gate repeats it on the written tokenizer
-        checkpoint,
-        lambda question, images: render(
-            prompt, tokenizer, question, [prepare_image(each, image) for each in images]
-        ).tolist(),
-        (1, 0) if prompt.user_without_image is not None else (1,),
-    )
+    room = family.decoder_shape(checkpoint).max_positions // image.max_tokens
+    # before the costly steps; the gate repeats it on the written tokenizer
+    claims = proof.settle(checkpoint, prompt, image, max(1, min(max_images, room)))
+    prompt = claims.prompt
+    for note in claims.notes:
+        say(f"note: {note}")
     reference = TorchSession(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
     if not reference.stop_ids:
         raise CheckpointError(
             f"{checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end; add it"
         )
     say("reference answers")
-    cases = gate.make_cases(reference, samples, text_only=prompt.user_without_image is not None)
+    cases = gate.make_cases(
+        reference, samples, text_only=prompt.user_without_image is not None, images=claims.images
+    )
     say("tracing the parts")
     graphs = trace_all(checkpoint, family)
-    return Facts(checkpoint, family, image, prompt, graphs, reference, cases, say)
+    return Facts(
+        checkpoint,
+        family,
+        image,
+        prompt,
+        graphs,
+        reference,
+        cases,
+        say,
+        images=claims.images,
+        notes=claims.notes,
+        changed=changed,
+    )
 
 
 def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) -> None:
     """Fill `staged` with a whole bundle; the manifest is the last file."""
-    rules = policy(precision)
+    policy = resolve(precision)
+    precision, exact = policy.name, all(rule.scheme == "keep" for rule in policy.rules)
+    calibration = None
+    if policy.calibrated:
+        facts.say(f"{precision}: calibrating on {len(facts.cases)} prompts")
+        calibration = calibration_of(facts, scratch)
     facts.say(f"{precision}: writing parts")
-    graphs = {role: quantize(facts.graphs[role], role, rules) for role in ROLES}
+    graphs = {role: quantize(facts.graphs[role], role, policy.rules, calibration) for role in ROLES}
     write_files(facts, staged, graphs)
     draft = draft_manifest(facts, staged, precision, name)
     facts.say(f"{precision}: parity gate")
-    if precision == "fp32":
+    if exact:
         parity = _check_float(facts, staged, draft)
     else:
-        parity = gate.check_quantized(facts.graphs, staged, draft, facts.reference, facts.cases, scratch)
+        parity = gate.check_quantized(
+            facts.graphs, staged, draft, facts.reference, facts.cases, scratch, calibration
+        )
     facts.say(f"{precision}: conformance vectors")
-    vectors = _write_conformance(facts, staged, draft, precision)
+    vectors = _write_conformance(facts, staged, draft, _LOGIT_SPREAD if exact else _ROUNDED_SPREAD)
     bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
     bundle.read(staged)
+
+
+def calibration_of(facts: Facts, scratch: Path) -> calibrate.Calibration:
+    """What flows through the float decoder on the gate's prompts and the user's pictures."""
+    folder = scratch / "calibration"
+    if not folder.exists():
+        write_files(facts, folder, facts.graphs)
+    draft = draft_manifest(facts, folder, "fp32", "calibration")
+    with Session.from_manifest(folder, draft, threads=1) as session:
+        graphs = facts.graphs
+        return calibrate.collect(session, graphs["embed_tokens"], graphs["decoder"], facts.cases)
 
 
 def _check_float(facts: Facts, staged: Path, draft: Manifest) -> Parity:
@@ -168,7 +223,7 @@ def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> N
     """Parts in the onnx-community layout, and what transformers.js reads beside them."""
     (staged / "onnx").mkdir(parents=True)
     for role, model in graphs.items():
-        ir.save(model, staged / _part_path(role, model))
+        storage.save(model, staged / _part_path(role, model))
     facts.checkpoint.processor.save_pretrained(staged)
     files.write_json(
         staged / "preprocessor_config.json", facts.checkpoint.processor.image_processor.to_dict()
@@ -183,7 +238,7 @@ def _part_path(role: str, model: ir.Model) -> str:
     return f"onnx/{_FILES[role]}{suffix(model)}.onnx"
 
 
-def _write_conformance(facts: Facts, staged: Path, draft: Manifest, precision: str) -> FileRef:
+def _write_conformance(facts: Facts, staged: Path, draft: Manifest, spread: float) -> FileRef:
     """Two pictures: a file to be turned upright and one with transparency."""
     wanted = [(case.name, case) for case in facts.cases if isinstance(case.image, bytes)][:2]
     normalise = next(op for op in facts.image.operations if isinstance(op, Normalise))
@@ -195,7 +250,7 @@ def _write_conformance(facts: Facts, staged: Path, draft: Manifest, precision: s
         vectors,
         pixels_tolerance=1.01
         / min(normalise.divide),  # one step of a byte, where sin() differs in the filter
-        logit_tolerance=peak * _LOGIT_SPREAD[precision],
+        logit_tolerance=peak * spread,
     )
 
 
@@ -211,21 +266,25 @@ def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Man
     """The manifest of the files in `staged`, with parity and conformance still to come."""
     image, prompt = facts.image, facts.prompt
     merge = ReplaceTokens(token=prompt.image.token)
-    positions, attention = Positions1d(), CausalAttention()
+    positions, attention = facts.family.positions(facts.checkpoint), CausalAttention()
+    deepstack = facts.family.deepstack(facts.checkpoint)
     shape = facts.family.decoder_shape(facts.checkpoint)
     parts = tuple(_part(staged, role) for role in ROLES)
     return Manifest(
         name=name,
         format="onnx",
         precision=precision,
-        requires=operations_of(*image.operations, image.tokens, merge, positions, attention),
+        requires=operations_of(
+            *image.operations, image.tokens, merge, *([deepstack] if deepstack else []), positions, attention
+        ),
         image=image,
         prompt=prompt,
         merge=merge,
+        deepstack=deepstack,
         positions=positions,
         attention=attention,
         state=_state(parts[-1]),
-        limits=Limits(context=shape.max_positions, image_tokens=image.max_tokens, images=1),
+        limits=Limits(context=shape.max_positions, image_tokens=image.max_tokens, images=facts.images),
         tokenizer=TokenizerSpec(
             type="tokenizers-json",
             file=bundle.file_ref(staged, "tokenizer.json"),
@@ -236,7 +295,9 @@ def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Man
             name=facts.checkpoint.path.resolve().name,
             sha256=facts.checkpoint.sha256,
             parameters=facts.checkpoint.parameters,
+            changed=dict(facts.changed),
         ),
+        notes=facts.notes,
         tool_versions={tool: importlib.metadata.version(tool) for tool in _TOOLS},
         parity=Parity(reference="not measured yet", cases=1, figures={}, limits={}),
         conformance=FileRef(path=conformance.CASES_PATH, sha256="0" * 64, bytes=0),
@@ -258,8 +319,15 @@ def _part(staged: Path, role: str) -> Part:
         inputs=tuple(map(_tensor, model.graph.inputs)),
         outputs=tuple(map(_tensor, model.graph.outputs)),
         bits=weight_bits(model),
+        fallbacks=fallbacks(model),
         onnx=OnnxFacts(
-            ir_version=model.ir_version, opsets={k or "ai.onnx": v for k, v in model.opset_imports.items()}
+            ir_version=model.ir_version,
+            opsets={k or "ai.onnx": v for k, v in model.opset_imports.items()},
+            min_onnxruntime=min_onnxruntime(model),
+        ),
+        data=tuple(
+            bundle.file_ref(staged, file.relative_to(staged).as_posix())
+            for file in storage.data_files(found[0])
         ),
     )
 
@@ -272,18 +340,31 @@ def _tensor(value: ir.Value) -> TensorSpec:
 
 def _state(decoder: Part) -> tuple[StateTensor, ...]:
     """One entry per cache tensor; inputs and outputs pair by layer and kind."""
-    return tuple(
-        StateTensor(
-            input=spec.name,
-            output=spec.name.replace("past_key_values.", "present."),
-            kind="kv",
-            dtype=spec.dtype,
-            shape=spec.shape,
-            sequence_axis=2,
-            rewindable=True,
-            in_place=True,
-            padding_side="right",
-        )
-        for spec in decoder.inputs
-        if spec.name.startswith("past_key_values.")
-    )
+    found = []
+    for spec in decoder.inputs:
+        if spec.name.startswith("past_key_values."):
+            found.append(
+                StateTensor(
+                    input=spec.name,
+                    output=spec.name.replace("past_key_values.", "present."),
+                    kind="kv",
+                    dtype=spec.dtype,
+                    shape=spec.shape,
+                    sequence_axis=2,
+                    rewindable=True,
+                    in_place=True,
+                    padding_side="right",
+                )
+            )
+        elif spec.name.startswith("past_conv."):
+            found.append(
+                StateTensor(
+                    input=spec.name,
+                    output=spec.name.replace("past_conv.", "present_conv."),
+                    kind="conv",
+                    dtype=spec.dtype,
+                    shape=spec.shape,
+                    rewindable=False,
+                )
+            )
+    return tuple(found)

@@ -1,48 +1,82 @@
-"""Pre-rendered prompt segments, and the proof that they equal the chat template.
+"""Pre-rendered prompt segments, cut out of the checkpoint's chat template.
 
-In: a checkpoint's processor. Out: a `PromptSpec` in token ids. Not here: assembling a prompt on the device
-(`runtime/prompt.py`), the image token layout (`families/`).
+In: a checkpoint's processor. Out: a `PromptSpec` in token ids, and a reason where it leaves something out.
+Not here: the proof that the segments equal the template (`proof.py`), assembling a prompt on the device
+(`runtime/prompt.py`), what stands for a picture (`families/`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from PIL import Image
-
 from export.checkpoint import Checkpoint
-from runtime.errors import CheckpointError, ParityError
-from runtime.prompt_spec import Ids, ImageSlot, ImageTokens, PromptSpec, QuestionSlot, Segment
+from runtime.errors import CheckpointError
+from runtime.prompt_spec import (
+    Ids,
+    ImageSlot,
+    ImageTokens,
+    LaterTurn,
+    PromptSpec,
+    QuestionSlot,
+    Segment,
+    TiledTokens,
+)
 
 _MARK = "\ue000Q\ue001"  # private-use characters: no template and no tokenizer gives them a meaning
-
-PROOF_QUESTIONS = (
-    "what color is the circle?",
-    "Is there a red shape in the image?",
-    "",
-    " leading space, trailing space ",
-    "two\nlines\n\nand a tab\t.",
-    "naïve 漢字 🙂 12345 -- (x=1.5)!",
-    "Assistant: User: system",
-    "0",
-)
-"""Questions on which segments and chat template are compared at every export."""
+_ANSWER = "\ue000A\ue001"
+_SEVERAL = 2  # pictures in the turn that shows what stands between two
 
 
-def messages(question: str, images: Sequence[Any] = ()) -> list[dict[str, Any]]:
-    """One user turn, pictures first."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+class _Uncut(Exception):
+    """The template has no fixed text where one was looked for; its text is the reason."""
 
 
-def template_ids(checkpoint: Checkpoint, question: str, images: Sequence[Any] = ()) -> list[int]:
-    """What the checkpoint's processor makes of the question: the reference."""
-    found = checkpoint.processor.apply_chat_template(
-        messages(question, images), add_generation_prompt=True, tokenize=True, return_dict=True
+@dataclass(frozen=True)
+class TiledText:
+    """What is written for a picture of tiles: `cells[row][column]` before each tile's tokens, and the rest.
+
+    As `TiledTokens`, in text. Texts that are tokenised together (a line's end and the next) belong together.
+    """
+
+    before: str
+    cells: tuple[tuple[str, ...], ...]
+    row_end: str
+    whole: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation: a question about `images`, or (with `answer`) what was answered."""
+
+    text: str
+    images: tuple[Any, ...] = ()
+    answer: bool = False
+
+
+def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As the chat template takes it, pictures first; a picture that is None is only a placeholder."""
+    found = []
+    for message in messages:
+        content: list[dict[str, Any]] = [
+            {"type": "image"} if image is None else {"type": "image", "image": image}
+            for image in message.images
+        ]
+        content.append({"type": "text", "text": message.text})
+        found.append({"role": "assistant" if message.answer else "user", "content": content})
+    return found
+
+
+def render(checkpoint: Checkpoint, messages: Sequence[Message], *, generate: bool) -> str:
+    """The chat template's text; with `generate` the opening of an answer follows."""
+    text = checkpoint.processor.apply_chat_template(
+        conversation(messages), add_generation_prompt=generate, tokenize=False
     )
-    return [int(i) for i in found["input_ids"][0]]
+    return str(text)
 
 
 def segments(
@@ -53,110 +87,201 @@ def segments(
     token: str,
     after: str,
     refused: tuple[str, ...],
+    tiled: TiledText | None = None,
 ) -> PromptSpec:
     """Cut the rendered chat template into token-id segments.
 
     `placeholder` is what the template writes for a picture; on the device it becomes
-    `before + token x N + after`. Raises CheckpointError when the template has no such shape.
+    `before + token x N + after`, or `tiled` if it was cut into tiles. `later` is None where a further turn
+    cannot be cut. Raises CheckpointError when the first turn has no such shape.
     """
-    system, user, assistant = _rendered_parts(checkpoint, with_image=True)
-    if user.count(placeholder) != 1:
-        raise CheckpointError(
-            f"{checkpoint.path}: the chat template writes no single {placeholder} for a picture"
+    return _Template(checkpoint, placeholder, before, token, after, tiled).spec(refused)
+
+
+def later_reason(checkpoint: Checkpoint) -> str | None:
+    """Why `segments` gave no `later`, None when a further turn can be cut."""
+    template = _Template(checkpoint, "", "", "", "", None)
+    try:
+        template.turn_end()
+    except _Uncut as reason:
+        return str(reason)
+    return None
+
+
+def answer_opening(checkpoint: Checkpoint) -> str:
+    """What the template writes between the opening of an answer and its text (often nothing or a space)."""
+    return _Template(checkpoint, "", "", "", "", None).turn_end()[0]
+
+
+class _Template:
+    """One chat template and what its processor writes for a picture."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        placeholder: str,
+        before: str,
+        token: str,
+        after: str,
+        tiled: TiledText | None,
+    ) -> None:
+        self.checkpoint, self.placeholder, self.token = checkpoint, placeholder, token
+        self.lead, self.before, self.after, self.trail = "", before, after, ""
+        self.tiled = tiled
+        if tiled is None:  # text beyond the outer special tokens is tokenised with what is around the picture
+            self.lead, self.before = self._split_before(before)
+            self.after, self.trail = self._split_after(after)
+
+    # --- texts --------------------------------------------------------
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        found = [token.content for token in self.checkpoint.tokenizer.added_tokens_decoder.values()]
+        return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)")
+
+    def _split_before(self, text: str) -> tuple[str, str]:
+        first = self._added.search(text)
+        cut = first.start() if first else len(text)
+        return text[:cut], text[cut:]
+
+    def _split_after(self, text: str) -> tuple[str, str]:
+        ends = [match.end() for match in self._added.finditer(text)]
+        cut = ends[-1] if ends else 0
+        return text[:cut], text[cut:]
+
+    def opening(self, images: int) -> tuple[str, str, str]:
+        """(opening of a conversation, user turn with the mark as its question, opening of the answer)."""
+        turn, reply = Message(_MARK, (None,) * images), Message("yes", answer=True)
+        first = render(self.checkpoint, [turn], generate=False)
+        full = render(self.checkpoint, [turn], generate=True)
+        if not full.startswith(first) or first.count(_MARK) != 1:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the chat template changes the question or the turn before an answer"
+            )
+        shorter = render(self.checkpoint, [turn, reply], generate=False)
+        again = render(self.checkpoint, [turn, reply, turn], generate=False).removeprefix(shorter)
+        opening = first.removesuffix(again) if again and first.endswith(again) else ""
+        return opening, first.removeprefix(opening), full.removeprefix(first)
+
+    def turn_end(self, first_images: int = 0, images: int = 0) -> tuple[str, str, str]:
+        """(before the answer's text, the token that ends it, the user turn after it) of a further turn.
+
+        Raises _Uncut when there is no such fixed text.
+        """
+        first = Message(_MARK.replace("Q", "F"), (None,) * first_images)
+        turns = [first, Message(_ANSWER, answer=True), Message(_MARK, (None,) * images)]
+        start = render(self.checkpoint, [first], generate=True)
+        whole = render(self.checkpoint, turns, generate=True)
+        closing = start.removeprefix(render(self.checkpoint, [first], generate=False))
+        rest = whole.removeprefix(start)
+        if not whole.startswith(start) or not rest.endswith(closing):
+            raise _Uncut("the chat template writes an earlier turn in another way than an open one")
+        rest = rest.removesuffix(closing)
+        if rest.count(_ANSWER) != 1 or rest.count(_MARK) != 1:
+            raise _Uncut("the chat template changes an earlier answer or a later question")
+        opening, user = rest.split(_ANSWER)
+        end = self._added.match(user)
+        if end is None or self.checkpoint.tokenizer.convert_tokens_to_ids(end[0]) not in self._stop_ids():
+            raise _Uncut("the chat template closes an answer with no token that ends a generated one")
+        return opening, end[0], user[end.end() :]
+
+    def _stop_ids(self) -> set[int]:
+        stop = self.checkpoint.model.generation_config.eos_token_id
+        return set(stop) if isinstance(stop, (list, tuple)) else {stop}
+
+    # --- segments -----------------------------------------------------
+
+    def spec(self, refused: tuple[str, ...]) -> PromptSpec:
+        """The whole prompt section."""
+        system, user, assistant = self.opening(1)
+        bare_system, bare_user, bare_assistant = self.opening(0)
+        without = None
+        if (bare_system, bare_assistant) == (system, assistant):
+            without = self._segments(bare_user)
+        return PromptSpec(
+            image=ImageTokens(
+                before=self._ids(self.before),
+                token=self._single(),
+                after=self._ids(self.after),
+                tiled=self._tiled(),
+            ),
+            system=self._ids(system),
+            user=self._with_image(user, self.opening(_SEVERAL)[1]),
+            user_without_image=without,
+            assistant=self._ids(assistant),
+            later=self._later(without is not None),
+            refused_text=refused,
         )
-    head, tail = user.split(placeholder)
-    if _MARK in head:
-        raise CheckpointError(f"{checkpoint.path}: the chat template puts the question before the picture")
-    bare_system, bare_user, bare_assistant = _rendered_parts(checkpoint, with_image=False)
-    ids = _encode(checkpoint)
-    without = None
-    if (bare_system, bare_assistant) == (system, assistant):
-        without = tuple(_question_segments(checkpoint, bare_user))
-    return PromptSpec(
-        image=ImageTokens(before=ids(before), token=_single(checkpoint, token), after=ids(after)),
-        system=ids(system),
-        user=(Ids(ids=ids(head)), ImageSlot(), *_question_segments(checkpoint, tail)),
-        user_without_image=without,
-        assistant=ids(assistant),
-        refused_text=refused,
-    )
 
-
-def _rendered_parts(checkpoint: Checkpoint, *, with_image: bool) -> tuple[str, str, str]:
-    """(opening of a conversation, user turn with the mark as its question, opening of the answer)."""
-
-    def render(turns: list[dict[str, Any]], generate: bool) -> str:
-        text = checkpoint.processor.apply_chat_template(turns, add_generation_prompt=generate, tokenize=False)
-        return str(text)
-
-    turn = messages(_MARK)
-    if with_image:
-        turn[0]["content"].insert(0, {"type": "image"})
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
-    first, full = render(turn, False), render(turn, True)
-    if not full.startswith(first) or first.count(_MARK) != 1:
-        raise CheckpointError(
-            f"{checkpoint.path}: the chat template changes the question or the turn before an answer"
+    def _later(self, text_only: bool) -> LaterTurn | None:
+        """A further turn, the same whether or not the first had a picture; None where it is not."""
+        firsts = (1, 0) if text_only else (1,)
+        try:
+            found = [[self.turn_end(first, n) for n in (0, 1, _SEVERAL)] for first in firsts]
+        except _Uncut:
+            return None
+        bare, one, two = found[0]
+        if any(other != found[0] for other in found) or len({(o, e) for o, e, _ in found[0]}) != 1:
+            return None
+        return LaterTurn(
+            turn_end=self._ids(bare[1]),
+            user=self._with_image(one[2], two[2]),
+            user_without_image=self._segments(bare[2]),
         )
-    again = render([*turn, reply, *turn], False).removeprefix(render([*turn, reply], False))
-    opening = first.removesuffix(again) if again and first.endswith(again) else ""
-    return opening, first.removeprefix(opening), full.removeprefix(first)
+
+    def _with_image(self, one: str, two: str) -> tuple[Segment, ...]:
+        """Segments of a turn with pictures, from its text with one and with two of them."""
+        path = self.checkpoint.path
+        pieces = one.split(self.placeholder)
+        if len(pieces) != 2:
+            raise CheckpointError(
+                f"{path}: the chat template writes no single {self.placeholder} for a picture"
+            )
+        head, tail = pieces[0] + self.lead, self.trail + pieces[1]
+        if _MARK in head:
+            raise CheckpointError(f"{path}: the chat template puts the question before the picture")
+        several = two.split(self.placeholder)
+        between = several[1] if len(several) == _SEVERAL + 1 else ""  # the proof of two pictures tells if not
+        slot = ImageSlot(between=self._ids(self.trail + between + self.lead))
+        return (*self._fixed(head), slot, *self._segments(tail))
+
+    def _segments(self, text: str) -> tuple[Segment, ...]:
+        """The mark with the plain text around it, up to the nearest added tokens, is the question slot."""
+        left, right = text.split(_MARK)
+        cut_left, before = self._split_after(left)
+        after, cut_right = self._split_before(right)
+        slot = QuestionSlot(before=before, after=after)
+        return (*self._fixed(cut_left), slot, *self._fixed(cut_right))
+
+    def _fixed(self, text: str) -> tuple[Segment, ...]:
+        return (Ids(ids=self._ids(text)),) if text else ()
+
+    def _tiled(self) -> TiledTokens | None:
+        if self.tiled is None:
+            return None
+        ids = self._ids
+        return TiledTokens(
+            before=ids(self.tiled.before),
+            cells=tuple(tuple(ids(cell) for cell in row) for row in self.tiled.cells),
+            row_end=ids(self.tiled.row_end),
+            whole=ids(self.tiled.whole),
+            after=ids(self.tiled.after),
+        )
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return encode(self.checkpoint, text)
+
+    def _single(self) -> int:
+        ids = self._ids(self.token)
+        if len(ids) != 1:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: image token {self.token!r} is {len(ids)} ids, expected 1"
+            )
+        return ids[0]
 
 
-def _question_segments(checkpoint: Checkpoint, text: str) -> list[Segment]:
-    """The mark with the plain text around it (up to the nearest added tokens) becomes the question slot."""
-    left, right = text.split(_MARK)
-    added = [token.content for token in checkpoint.tokenizer.added_tokens_decoder.values()]
-    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-    ends = [match.end() for match in pattern.finditer(left)]
-    start = pattern.search(right)
-    cut_left, cut_right = (ends[-1] if ends else 0), (start.start() if start else len(right))
-    ids = _encode(checkpoint)
-    pieces: list[Segment] = [
-        Ids(ids=ids(left[:cut_left])),
-        QuestionSlot(before=left[cut_left:], after=right[:cut_right]),
-        Ids(ids=ids(right[cut_right:])),
-    ]
-    return [piece for piece in pieces if not isinstance(piece, Ids) or piece.ids]
-
-
-def _encode(checkpoint: Checkpoint) -> Callable[[str], tuple[int, ...]]:
+def encode(checkpoint: Checkpoint, text: str) -> tuple[int, ...]:
     """Text to ids without added begin or end tokens."""
-
-    def encode(text: str) -> tuple[int, ...]:
-        return tuple(int(i) for i in checkpoint.tokenizer(text, add_special_tokens=False).input_ids)
-
-    return encode
-
-
-def _single(checkpoint: Checkpoint, token: str) -> int:
-    ids = _encode(checkpoint)(token)
-    if len(ids) != 1:
-        raise CheckpointError(f"{checkpoint.path}: image token {token!r} is {len(ids)} ids, expected 1")
-    return ids[0]
-
-
-def prove(
-    checkpoint: Checkpoint, assembled: Callable[[str, Sequence[Any]], Sequence[int]], pictures: Sequence[int]
-) -> int:
-    """Compare `assembled(question, images)` with the chat template; returns the number of comparisons.
-
-    Raises ParityError with the first differing place.
-    """
-    count = 0
-    for number in pictures:
-        images = [Image.new("RGB", (32, 24), "gray")] * number
-        for question in PROOF_QUESTIONS:
-            wanted = template_ids(checkpoint, question, images)
-            got = [int(i) for i in assembled(question, images)]
-            if got != wanted:
-                place = next(
-                    (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b),
-                    min(len(got), len(wanted)),
-                )
-                raise ParityError(
-                    f"prompt of {question!r} with {number} picture(s): {len(got)} ids, not {len(wanted)}, "
-                    f"first difference at {place}; the chat template cannot be cut into fixed segments"
-                )
-            count += 1
-    return count
+    if not text:
+        return ()
+    return tuple(int(i) for i in checkpoint.tokenizer(text, add_special_tokens=False).input_ids)

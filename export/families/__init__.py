@@ -7,24 +7,50 @@ name in `FAMILIES`.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from export.checkpoint import Checkpoint
 from export.families.base import Family, Modules
 from export.families.smolvlm import SMOLVLM
 from runtime.errors import CheckpointError
 
-__all__ = ["FAMILIES", "Family", "Modules", "family_of"]
+__all__ = ["FAMILIES", "Family", "Modules", "check_type", "family_of", "without_tiles"]
 
 FAMILIES: tuple[Family, ...] = (SMOLVLM,)
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """The family of a checkpoint, checked. Raises CheckpointError naming what is known."""
+def check_type(path: Path, model_type: str) -> Family:
+    """The family of a `model_type`. Raises CheckpointError naming what is known and what to write."""
     for family in FAMILIES:
-        if checkpoint.model_type in family.model_types:
-            family.check(checkpoint)
+        if model_type in family.model_types:
             return family
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise CheckpointError(
-        f"{checkpoint.path}: model_type {checkpoint.model_type!r} has no exporter; known: {known}; "
+        f"{path}: model_type {model_type!r} has no exporter; known: {known}; "
         "to add it, write export/families/NAME.py (docs/export.md) and list it in FAMILIES"
     )
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family of a checkpoint, checked. Raises CheckpointError naming what is known."""
+    family = check_type(checkpoint.path, checkpoint.model_type)
+    family.check(checkpoint)
+    return family
+
+
+def without_tiles(checkpoint: Checkpoint) -> dict[str, bool | int]:
+    """Set the loaded image processor so that a picture is one view; what was changed, for the manifest.
+
+    Raises CheckpointError for a family that never cuts a picture.
+    """
+    settings = check_type(checkpoint.path, checkpoint.model_type).untiled()
+    if not settings:
+        raise CheckpointError(
+            f"{checkpoint.path}: {checkpoint.model_type} cuts no picture into tiles; leave split_images on"
+        )
+    image, changed = checkpoint.processor.image_processor, {}
+    for name, value in settings.items():
+        if getattr(image, name) != value:
+            changed[f"image_processor.{name}"] = value
+            setattr(image, name, value)
+    return changed

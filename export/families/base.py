@@ -5,8 +5,11 @@ In: a loaded checkpoint. Out: modules of the parts, decoder dimensions, manifest
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import onnx_ir as ir
 
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
@@ -20,12 +23,16 @@ class VisionPart:
     """The vision module and how to trace it: example inputs by name, and which dimensions vary of each.
 
     `outputs`: image features (..., T, hidden) first; with deepstack its (layers, T, hidden) after them.
+    `passes`: on the traced graph, after the usual ones. `dimensions`: names of the dimensions of inputs and
+    outputs that the usual ones do not fit (`export/graphs.py`); None keeps what the trace found.
     """
 
     module: Any
     example: dict[str, Any]
     dynamic: tuple[Any, ...]
     outputs: tuple[str, ...] = ("image_features",)
+    passes: tuple[Callable[[ir.Model], int], ...] = ()
+    dimensions: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Modules:
 class Family(Protocol):
     """One architecture (or several that are cut alike). Every method may raise CheckpointError.
 
-    A family inherits from it: `positions` and `deepstack` then have the usual answers.
+    A family inherits from it: `untiled`, `positions` and `deepstack` then have the usual answers.
     """
 
     @property
@@ -62,6 +69,10 @@ class Family(Protocol):
 
     def prompt(self, checkpoint: Checkpoint) -> PromptSpec:
         """Prompt segments; `prompts.prove` holds them against the chat template."""
+
+    def untiled(self) -> Mapping[str, bool | int]:
+        """Settings of the image processor under which a picture is one view; none: it always is."""
+        return {}
 
     def positions(self, checkpoint: Checkpoint) -> Positions1d | PositionsMrope:
         """How position ids count; 0, 1, 2, ... unless a family says otherwise."""

@@ -1,11 +1,11 @@
-"""SmolVLM and Idefics3: SigLIP vision, pixel shuffle, Llama text; one square picture, no tiles.
+"""SmolVLM and Idefics3: SigLIP vision, pixel shuffle, Llama text; tiles and a whole view, or one square.
 
-In: a loaded checkpoint. Out: parts, image operations and prompt segments. Not here: tiles
-(`do_image_splitting`), which are refused by name.
+In: a loaded checkpoint. Out: parts, image operations and prompt segments. Not here: videos.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,36 +14,24 @@ from torch import nn
 from export import prompts
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
-from export.families.base import Modules, VisionPart
-from runtime.contract import Filter
-from runtime.errors import CheckpointError, MissingExtra
+from export.families import shared
+from export.families.base import Family, Modules, VisionPart
+from export.prompts import TiledText
+from runtime.errors import CheckpointError
+from runtime.image_limits import bounded
 from runtime.image_spec import (
     ExifRotate,
     ImageSpec,
-    Normalise,
     ResizeExact,
     ResizeLongestEdge,
+    SplitTiles,
     TokenGrid,
     ToNchw,
     ToRgb,
 )
 from runtime.prompt_spec import PromptSpec
 
-_FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""By Pillow's resampling numbers; the filters that the runtime reproduces to the byte."""
-
 _LONGEST_CAP = 4096  # MAX_IMAGE_SIZE in both image processors of transformers
-
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotary types whose tables do not depend on the length of the sequence."""
-
-_REQUIRED = {
-    "do_image_splitting": False,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_convert_rgb": True,
-}
 
 
 class _Vision(nn.Module):
@@ -79,78 +67,43 @@ def _position_ids(vision: Any, side: int) -> torch.Tensor:
     return seen[0]
 
 
-class SmolVlm:
+class SmolVlm(Family):
     """Cuts SmolVLM and Idefics3 checkpoints into parts."""
 
     model_types: tuple[str, ...] = ("smolvlm", "idefics3")
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse what these parts cannot reproduce: tiles, odd sizes, another text model, dynamic RoPE."""
+        """Refuse what these parts cannot reproduce: odd sizes, another text model, dynamic RoPE."""
         path, config, processor = checkpoint.path, checkpoint.config, checkpoint.processor
-        image = processor.image_processor
-        for setting, wanted in _REQUIRED.items():
-            if bool(getattr(image, setting, None)) is not wanted:
-                got = getattr(image, setting, None)
-                raise CheckpointError(
-                    f"{path}: image_processor.{setting} is {got}, and only {wanted} can be exported; "
-                    "set it in processor_config.json if the model was trained so"
-                )
-        if int(image.resample) not in _FILTERS:
-            raise CheckpointError(
-                f"{path}: image_processor.resample is {image.resample}; known: {_FILTERS} (Pillow's numbers)"
-            )
+        shared.require(checkpoint, shared.PIXELS)
+        shared.filter_of(checkpoint)
         side, patch = _side(checkpoint), int(config.vision_config.patch_size)
         if side % (patch * int(config.scale_factor)):
             raise CheckpointError(
                 f"{path}: max_image_size {side} is no multiple of patch_size x scale_factor "
                 f"({patch} x {config.scale_factor}); correct processor_config.json"
             )
-        tokens = _tokens(checkpoint)
+        tokens = (side // patch // int(config.scale_factor)) ** 2
         if int(processor.image_seq_len) != tokens:
             raise CheckpointError(
                 f"{path}: processor says {processor.image_seq_len} image tokens, the model makes {tokens}; "
                 "correct image_seq_len in processor_config.json"
             )
-        text = config.text_config
-        if text.model_type != "llama":
-            raise CheckpointError(
-                f"{path}: text_config.model_type {text.model_type!r}; only llama is known here"
-            )
-        rope = str((text.rope_parameters or {}).get("rope_type", "default"))
-        if rope not in _STATIC_ROPE:
-            raise CheckpointError(f"{path}: rope_type {rope!r} depends on the length; known: {_STATIC_ROPE}")
+        shared.check_text(checkpoint, ("llama",))
+
+    def untiled(self) -> Mapping[str, bool | int]:
+        return {"do_image_splitting": False}
 
     def decoder_shape(self, checkpoint: Checkpoint) -> DecoderShape:
-        """Read through optimum's NormalizedConfig.
-
-        It knows `llama` but neither `smolvlm` nor `idefics3`, so it is asked for the text configuration;
-        head size and context have no normalized name there.
-        """
-        try:
-            from optimum.utils import NormalizedConfigManager
-        except ImportError as error:
-            raise MissingExtra(error.name or "optimum", "export") from error
-        text = checkpoint.config.text_config
-        dims = NormalizedConfigManager.get_normalized_config_class(text.model_type)(text)
-        shape = DecoderShape(
-            layers=int(dims.num_layers),
-            heads=int(dims.num_attention_heads),
-            kv_heads=int(dims.num_key_value_heads),
-            head_dim=int(getattr(text, "head_dim", None) or dims.hidden_size // dims.num_attention_heads),
-            hidden=int(dims.hidden_size),
-            vocab=int(dims.vocab_size),
-            max_positions=int(text.max_position_embeddings),
-        )
-        shape.check(str(checkpoint.path))
-        return shape
+        return shared.decoder_shape(checkpoint)
 
     def modules(self, checkpoint: Checkpoint) -> Modules:
         """The parts as torch modules sharing the checkpoint's weights."""
-        model = checkpoint.model
+        model, side = checkpoint.model, _side(checkpoint)
         return Modules(
             vision=VisionPart(
-                _Vision(model, _side(checkpoint)).eval(),
-                {"pixel_values": torch.zeros(2, 3, _side(checkpoint), _side(checkpoint))},
+                _Vision(model, side).eval(),
+                {"pixel_values": torch.zeros(2, 3, side, side)},
                 ({0: torch.export.Dim.DYNAMIC},),
             ),
             embed=model.get_input_embeddings(),
@@ -159,37 +112,30 @@ class SmolVlm:
         )
 
     def image(self, checkpoint: Checkpoint) -> ImageSpec:
-        """`SmolVLMImageProcessor` / `Idefics3ImageProcessor` without splitting, operation by operation."""
+        """`SmolVLMImageProcessor` / `Idefics3ImageProcessor`, operation by operation."""
         processor, side = checkpoint.processor.image_processor, _side(checkpoint)
-        name = _FILTERS[int(processor.resample)]
-        # transformers folds the rescale into mean and std, in float32
-        scale = 1.0 / processor.rescale_factor
-        subtract, divide = (
-            tuple((torch.tensor(numbers) * scale).tolist())
-            for numbers in (processor.image_mean, processor.image_std)
+        name, edge = shared.filter_of(checkpoint), int(processor.size["longest_edge"])
+        cut: SplitTiles | ResizeExact = ResizeExact(height=side, width=side, filter=name)
+        if processor.do_image_splitting:
+            cut = SplitTiles(side=side, filter=name)
+        operations = (
+            ExifRotate(),
+            # files are read with convert("RGB"), which drops alpha; a picture in memory goes over white
+            ToRgb(file_alpha="drop", pixels_alpha="white"),
+            ResizeLongestEdge(longest_edge=edge, cap=_LONGEST_CAP, filter=name),
+            cut,
+            shared.normalise(processor),
+            ToNchw(),
         )
-        return ImageSpec(
-            operations=(
-                ExifRotate(),
-                # files are read with convert("RGB"), which drops alpha; a picture in memory goes over white
-                ToRgb(file_alpha="drop", pixels_alpha="white"),
-                ResizeLongestEdge(
-                    longest_edge=int(processor.size["longest_edge"]), cap=_LONGEST_CAP, filter=name
-                ),
-                ResizeExact(height=side, width=side, filter=name),
-                Normalise(subtract=subtract, divide=divide),
-                ToNchw(),
-            ),
-            tokens=TokenGrid(
-                patch=int(checkpoint.config.vision_config.patch_size),
-                merge=int(checkpoint.config.scale_factor),
-            ),
-            max_views=1,
-            max_tokens=_tokens(checkpoint),
-        )
+        config = checkpoint.config
+        tokens = TokenGrid(patch=int(config.vision_config.patch_size), merge=int(config.scale_factor))
+        return bounded(operations, tokens)
 
     def prompt(self, checkpoint: Checkpoint) -> PromptSpec:
-        """A picture is `<fake_token_around_image><global-img>`, N `<image>`, `<fake_token_around_image>`."""
+        """A picture is `<fake_token_around_image><global-img>`, N `<image>`, `<fake_token_around_image>`.
+
+        Tiles come before it, `<fake_token_around_image><row_R_col_C>` and N `<image>` each, a line a row.
+        """
         processor = checkpoint.processor
         edge = processor.fake_image_token
         whole = (
@@ -203,17 +149,32 @@ class SmolVlm:
             token=processor.image_token,
             after=edge,
             refused=tuple(token for token in pictures if token),
+            tiled=_tiled(checkpoint, edge, whole),
         )
+
+
+def _tiled(checkpoint: Checkpoint, edge: str, whole: str) -> TiledText | None:
+    """`_prompt_split_image` of transformers: a line's end after each row, and one more before the whole."""
+    image = checkpoint.processor.image_processor
+    if not image.do_image_splitting:
+        return None
+    longest = min(int(image.size["longest_edge"]), _LONGEST_CAP)
+    count = -(-(longest + longest % 2) // _side(checkpoint))
+    return TiledText(
+        before="",
+        cells=tuple(
+            tuple(f"{edge}<row_{row + 1}_col_{column + 1}>" for column in range(count))
+            for row in range(count)
+        ),
+        row_end="\n",
+        whole=f"\n\n{edge}{whole}",
+        after=edge,
+    )
 
 
 def _side(checkpoint: Checkpoint) -> int:
     """Side in pixels of the square that the vision encoder gets."""
     return int(checkpoint.processor.image_processor.max_image_size["longest_edge"])
-
-
-def _tokens(checkpoint: Checkpoint) -> int:
-    config = checkpoint.config
-    return (_side(checkpoint) // int(config.vision_config.patch_size) // int(config.scale_factor)) ** 2
 
 
 SMOLVLM = SmolVlm()

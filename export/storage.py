@@ -1,0 +1,143 @@
+"""Writes the graph of a part, and its weights beside it when they do not fit into one file.
+
+In: an `onnx_ir` model and a path. Out: `x.onnx`, and for a large one `x.onnx_data`, `x.onnx_data_1`, ... as
+transformers.js and onnxruntime look for them. Not here: which parts there are, hashes.
+
+A protobuf file holds 2 GiB and a browser's buffer 2 GB, so no file is larger than `LIMIT_BYTES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from runtime.errors import CheckpointError
+
+LIMIT_BYTES = 2_000_000_000
+"""The most that one file of a bundle holds."""
+
+INLINE_BYTES = 1024
+"""Smaller tensors stay in the graph: shapes and scales that a loader wants at once."""
+
+_GRAPH_BYTES = 2**20  # nodes and names of a large graph are a tenth of it
+
+
+def save(model: ir.Model, path: Path, limit_bytes: int | None = None) -> list[Path]:
+    """Write `model` to `path`; returns the graph file and then its data files. `model` stays as it is.
+
+    Raises CheckpointError when one tensor alone is larger than a file may be.
+    """
+    limit = LIMIT_BYTES if limit_bytes is None else limit_bytes
+    weights = _weights(model)
+    if sum(map(_size, weights)) + min(_GRAPH_BYTES, limit // 2) <= limit:
+        ir.save(model, path)
+        return [path]
+    files = [
+        (path.with_name(f"{path.name}_data{f'_{i}' if i else ''}"), values)
+        for i, values in enumerate(_split([v for v in weights if _size(v) > INLINE_BYTES], limit, path))
+    ]
+    with _restored(weights):
+        for file, values in files:
+            _write(file, values)
+        ir.save(model, path)
+    return [path, *(file for file, _ in files)]
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files beside a graph file, in their order."""
+    beside = [file for file in path.parent.glob(f"{path.name}_data*") if file.is_file()]
+    return sorted(beside, key=lambda file: int(file.name.rpartition("_data")[2].lstrip("_") or 0))
+
+
+def shared_bytes(models: Mapping[str, ir.Model], least: int = INLINE_BYTES) -> dict[str, int]:
+    """Bytes that parts store more than once, as `{"decoder + embed_tokens": bytes}`.
+
+    A tied embedding and LM head lie one in each part; in float32 they are transposes of one another.
+    """
+    holders: dict[str, set[str]] = {}
+    sizes: dict[str, int] = {}
+    for role, model in models.items():
+        for value in _weights(model):
+            if _size(value) < least or value.const_value is None:
+                continue
+            for key in _fingerprints(value):
+                holders.setdefault(key, set()).add(role)
+                sizes[key] = _size(value)
+    found: dict[str, int] = {}
+    for key, roles in holders.items():
+        if len(roles) > 1:
+            name = " + ".join(sorted(roles))
+            found[name] = found.get(name, 0) + sizes[key]
+    return found
+
+
+def _fingerprints(value: ir.Value) -> set[str]:
+    """Hashes of the bytes, and of those of the transpose's standard order; one per distinct content."""
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    kinds = [array] if array.ndim != 2 else [min(array, array.T, key=lambda x: x.shape)]
+    return {hashlib.sha256(f"{x.shape}{x.dtype}".encode() + x.tobytes()).hexdigest() for x in kinds}
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    return [v for v in model.graph.initializers.values() if v.const_value is not None]
+
+
+def _size(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return int(value.const_value.nbytes)
+
+
+def _split(values: Sequence[ir.Value], limit: int, path: Path) -> list[list[ir.Value]]:
+    """In their order, as many as fit into each file."""
+    groups: list[list[ir.Value]] = [[]]
+    used = 0
+    for value in values:
+        size = _size(value)
+        if size > limit:
+            raise CheckpointError(
+                f"{path.name}: {value.name} has {size:,} bytes, a file of a bundle at most {limit:,}; "
+                "take a lower precision"
+            )
+        if used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(value)
+        used += size
+    return [group for group in groups if group]
+
+
+def _write(path: Path, values: Sequence[ir.Value]) -> None:
+    """The tensors' bytes one after another; each value then points there."""
+    offset = 0
+    with path.open("wb") as stream:
+        for value in values:
+            tensor = value.const_value
+            assert tensor is not None
+            data = tensor.tobytes()
+            stream.write(data)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                offset,
+                len(data),
+                tensor.dtype,
+                shape=ir.Shape(list(tensor.shape)),
+                name=str(value.name),
+                base_dir=str(path.parent),
+            )
+            offset += len(data)
+
+
+@contextlib.contextmanager
+def _restored(values: Sequence[ir.Value]) -> Iterator[None]:
+    """The tensors that `values` have now are theirs again afterwards."""
+    tensors = [value.const_value for value in values]
+    try:
+        yield
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
