@@ -4,13 +4,13 @@ In: logits (vocab,) float32, one step at a time. Out: token ids, and text pieces
 Not here: the model that makes the logits (`runtime/session.py`).
 
 Options have the order and the definitions of transformers' `generate`: repetition penalty, temperature,
-top-k, top-p, then a draw. The random stream is numpy's: a seed repeats an answer here, not torch's.
+top-k, top-p, min-p, then a draw. The random stream is numpy's: a seed repeats an answer here, not torch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
 Logits = NDArray[np.float32]
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context", "cancelled"]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -31,7 +31,13 @@ class GenerationOptions(BaseModel):
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0, description="0: no limit; only when sampling")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="1: no limit; only when sampling")
+    min_p: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="share of the best token's probability; only when sampling"
+    )
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, allow_inf_nan=False)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="the answer ends before the first of these texts (special tokens are no text)"
+    )
     seed: int = Field(default=0, ge=0)
 
 
@@ -67,7 +73,7 @@ def penalise(logits: Logits, seen: Sequence[int], penalty: float) -> Logits:
 
 
 def distribution(logits: Logits, options: GenerationOptions) -> NDArray[np.float64]:
-    """Probabilities (vocab,) after temperature, top-k and top-p, in this order; they sum to 1."""
+    """Probabilities (vocab,) after temperature, top-k, top-p and min-p, in this order; they sum to 1."""
     scores = logits.astype(np.float64) / options.temperature
     if 0 < options.top_k < len(scores):
         scores = np.where(scores < np.partition(scores, -options.top_k)[-options.top_k], -np.inf, scores)
@@ -79,7 +85,11 @@ def distribution(logits: Logits, options: GenerationOptions) -> NDArray[np.float
         tail[-1] = False
         scores = scores.copy()
         scores[order[tail]] = -np.inf
-    return softmax(scores)
+    found = softmax(scores)
+    if options.min_p > 0.0:
+        weak = found < options.min_p * found.max()  # never the best one
+        found = softmax(np.where(weak, -np.inf, scores))
+    return found
 
 
 def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -128,3 +138,92 @@ class Detokenizer:
             self._anchor, self._given = anchor, len(context)
         else:
             self._given = len(text)
+
+
+class StopStrings:
+    """Text pieces up to the first of some strings; what may be the beginning of one is held back."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """What of the text so far can be given out; nothing of a stop string, nothing after one."""
+        if self.found or not self._stop:
+            return "" if self.found else piece
+        text = self._held + piece
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        longest = max(len(stop) for stop in self._stop) - 1
+        kept = next(
+            (n for n in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-n:])),
+            0,
+        )
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def flush(self) -> str:
+        """What was held back, when the text ends without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin(self, tail: str) -> bool:
+        return any(stop.startswith(tail) for stop in self._stop)
+
+
+class Writer:
+    """One answer as it grows, token by token; `reason` says why it ended, None while it goes on."""
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        prompt_ids: Sequence[int] | NDArray[np.int64],
+        tokenizer: Tokenizer,
+        stop_ids: Sequence[int],
+    ) -> None:
+        self.tokens: list[int] = []
+        self.reason: FinishReason | None = None
+        self._most = options.max_new_tokens
+        self._stop_ids = frozenset(stop_ids)
+        self._sampler = Sampler(options, prompt_ids)
+        self._detokenizer, self._filter = Detokenizer(tokenizer), StopStrings(options.stop)
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Everything given out so far."""
+        return "".join(self._pieces)
+
+    def take(self, logits: Logits, room: int | None = None) -> str:
+        """Choose from logits (vocab,); the text certain now. `room`: tokens that still fit, if limited."""
+        token = self._sampler.pick(logits)
+        self.tokens.append(token)
+        piece = ""
+        if token in self._stop_ids:
+            self.reason = "stop"
+        else:
+            piece = self._filter.push(self._detokenizer.push(token))
+            if self._filter.found:
+                self.reason = "stop"
+            elif len(self.tokens) == self._most:
+                self.reason = "length"
+            elif room is not None and room < 1:
+                self.reason = "context"
+        return self._give(piece + (self._rest() if self.reason else ""))
+
+    def cancel(self) -> str:
+        """End it here; the text that was held back."""
+        self.reason = "cancelled"
+        return self._give(self._rest())
+
+    def _rest(self) -> str:
+        piece = self._filter.push(self._detokenizer.flush())
+        return piece if self._filter.found else piece + self._filter.flush()
+
+    def _give(self, piece: str) -> str:
+        if piece:
+            self._pieces.append(piece)
+        return piece

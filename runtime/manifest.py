@@ -147,18 +147,29 @@ class WeightBits(Contract):
     scheme: str
 
 
+class Fallback(Contract):
+    """A node whose shape did not allow the scheme that a rule asked for, and the one it got."""
+
+    node: str
+    asked: str
+    got: str
+    reason: str
+
+
 class OnnxFacts(Contract):
     """What an ONNX part asks of its runtime."""
 
     ir_version: int
     opsets: dict[str, int]
+    min_onnxruntime: str | None = Field(default=None, description="oldest one that runs it on the CPU")
 
 
 class Part(Contract):
     """One executable part; a directory's hash is that of its sorted per-file hashes (`digest`).
 
     `data`: further files that the part's file refers to by name, in the same directory (weights that did not
-    fit into one file). `sha256` and `bytes` are those of the file at `path` alone.
+    fit into one file). `sha256` and `bytes` are those of the file at `path` alone. `decoder_prefill`, if it
+    is there, has the inputs, outputs and states of `decoder` and runs where several tokens are fed at once.
     """
 
     role: Literal["vision_encoder", "embed_tokens", "decoder", "decoder_prefill"]
@@ -168,6 +179,7 @@ class Part(Contract):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     bits: tuple[WeightBits, ...]
+    fallbacks: tuple[Fallback, ...] = ()
     onnx: OnnxFacts | None = None
     data: tuple[FileRef, ...] = ()
 
@@ -243,11 +255,25 @@ class Manifest(Contract):
             raise ValueError(f"flavour {self.flavour!r} and static do not go together")
         if self.static is not None and "decoder_prefill" not in roles:
             raise ValueError("static needs a decoder_prefill part")
+        self._check_prefill()
         if self.image.max_tokens > self.limits.image_tokens:
             raise ValueError(f"image.max_tokens {self.image.max_tokens} exceeds limits.image_tokens")
         if self.merge.token != self.prompt.image.token:
             raise ValueError(f"merge.token {self.merge.token} differs from prompt.image.token")
         return self
+
+    def _check_prefill(self) -> None:
+        """A second graph over the same states: fixed shapes apart, it must be called as the first."""
+        prefill, decoder = self.find_part("decoder_prefill"), self.part("decoder")
+        if prefill is None or self.static is not None:
+            return
+        for kind in ("inputs", "outputs"):
+            wanted, got = (
+                {(spec.name, spec.dtype) for spec in getattr(part, kind)} for part in (decoder, prefill)
+            )
+            if wanted != got:
+                odd = ", ".join(sorted({name for name, _ in wanted ^ got}))
+                raise ValueError(f"decoder_prefill has other {kind} than decoder: {odd}")
 
     def operations(self) -> tuple[str, ...]:
         """The operations this manifest uses, sorted; what `requires` must hold."""
@@ -263,6 +289,10 @@ class Manifest(Contract):
 
     def part(self, role: str) -> Part:
         return next(part for part in self.parts if part.role == role)
+
+    def find_part(self, role: str) -> Part | None:
+        """The part of a role that a bundle may lack."""
+        return next((part for part in self.parts if part.role == role), None)
 
     def files(self) -> Iterator[FileRef | Part]:
         """Everything with a hash, parts first, each with its data files."""

@@ -69,9 +69,11 @@ class LaterTurn(Contract):
     """A further turn after an answer: `turn_end` closes it, then the user's segments.
 
     A generated stop id that `turn_end` begins with is not repeated. `user` has an image slot or none at all,
-    `user_without_image` is for a turn without pictures.
+    `user_without_image` is for a turn without pictures. An answer that is known as text only is tokenised as
+    `answer_before + text`.
     """
 
+    answer_before: str = ""
     turn_end: TokenTuple
     user: tuple[Segment, ...] | None
     user_without_image: tuple[Segment, ...]
