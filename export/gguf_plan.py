@@ -1,0 +1,54 @@
+"""What a GGUF file of a family holds, before anything is read or written.
+
+In: nothing. Out: the types with which `families/gguf.py` describes a file. Not here: any family, any file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Keep = Literal["f32", "f16", None]
+Change = Callable[[Any], Any]
+"""A torch tensor in, a torch tensor out; only one tensor is in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a GGUF file: made from the checkpoint's tensor `source` by `change`.
+
+    `keep`: a type that no precision goes below, because llama.cpp reads it only so or loses too much.
+    """
+
+    name: str
+    source: str
+    change: Change | None = None
+    keep: Keep = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One GGUF file. `values` writes its key-value pairs; `model` says `text` or `vision` in messages."""
+
+    architecture: str
+    model: Literal["text", "vision"]
+    pieces: tuple[Piece, ...]
+    values: Callable[[Any], None]
+    has_tokenizer: bool
+
+
+class GgufFamily(Protocol):
+    """How a family's checkpoint is laid out in llama.cpp's two files."""
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """`model_type` values of config.json."""
+
+    def text(self, config: Mapping[str, Any], names: Sequence[str]) -> Plan:
+        """The text model's file, from config.json and the names of the checkpoint's tensors."""
+
+    def vision(
+        self, config: Mapping[str, Any], preprocessor: Mapping[str, Any], names: Sequence[str]
+    ) -> Plan:
+        """The mmproj file: vision encoder and projector."""
