@@ -11,12 +11,16 @@ from pathlib import Path
 
 from export.checkpoint import Checkpoint
 from export.families.base import Family, Modules
+from export.families.internvl import INTERNVL
 from export.families.smolvlm import SMOLVLM
 from runtime.errors import CheckpointError
 
 __all__ = ["FAMILIES", "Family", "Modules", "check_type", "family_of", "without_tiles"]
 
-FAMILIES: tuple[Family, ...] = (SMOLVLM,)
+FAMILIES: tuple[Family, ...] = (
+    SMOLVLM,
+    INTERNVL,
+)
 
 
 def check_type(path: Path, model_type: str) -> Family:
