@@ -3,6 +3,10 @@
 In: the float32 model and the quantized one. Out: the float twin (the quantized model with its nodes
 written back as float nodes on dequantized weights), or a ParityError. Not here: running anything.
 
+What was calibrated is no nearest rounding: such blocks must be bit for bit what the calibration gives, and
+lose less than rounding to nearest on inputs that they were not fitted to, counted here anew. The scales of
+an int8 cache must be the calibration's.
+
 Judging a quantized graph by its answers alone cannot work: on some weights correct int4 is far from
 float32, on others a wrong wire moves little. So structure and weights are checked exactly here, and what
 remains (rounded activations, the kernels) is a small difference between the quantized part and its twin.
@@ -10,60 +14,144 @@ remains (rounded activations, the kernels) is a small difference between the qua
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from export import gptq
+from export.calibrate import Calibration
 from export.passes import add_initializer, constant, producer
+from export.quantize_facts import GPTQ
+from export.quantize_fp16 import HALF, SINGLE
+from export.quantize_schemes import KEY_SCALE, VALUE_SCALE, swap_output
+from runtime.contract import TensorSpec
 from runtime.errors import ParityError
+from runtime.manifest import Manifest
 
 _ROUNDING = 0.5 + 1e-3
 """Steps between a weight and its rounded value: half, and float32 noise in the division."""
 
 _CLIPPED = 1.0 + 1e-3
-"""ORT's symmetric 4-bit grid is -8..7 with the largest weight on -8: one of the other sign is clipped."""
+"""ORT's symmetric grids (-8..7) have the largest weight on -8: one of the other sign is clipped."""
+
+Steps = dict[str, tuple[np.ndarray, float]]
 
 
 @dataclass(frozen=True)
 class Twin:
-    """`model`: float32 graph on the stored weights. `steps`: by weight, its grid and steps allowed."""
+    """`model`: float32 graph on the stored weights. `steps`: by weight, its grid and steps allowed.
+
+    `calibrated`: by weight, the MatMul whose blocks a calibration made, and their size; `caches`: the scales
+    of int8 caches by output.
+    """
 
     model: ir.Model
-    steps: dict[str, tuple[np.ndarray, float]]
+    steps: Steps
+    calibrated: dict[str, tuple[str, int]] = field(default_factory=dict)
+    caches: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def float_twin(quantized: ir.Model) -> Twin:
-    """Write MatMulNBits, MatMulInteger and int8 rows back as MatMul and Gather on dequantized weights."""
-    model = ir.from_proto(ir.to_proto(quantized))
-    steps: dict[str, tuple[np.ndarray, float]] = {}
-    for node in list(model.graph):
+    """Write rounded nodes back as float32 MatMul, Gather and attention on dequantized weights."""
+    twin = Twin(ir.from_proto(ir.to_proto(quantized)), {})
+    model, graph = twin.model, twin.model.graph
+    _halves_to_float(graph, twin.steps)
+    for node in list(graph):
         if node.op_type == "MatMulNBits":
-            _blocks_to_float(model.graph, node, steps)
+            _blocks_to_float(graph, node, twin)
         elif node.op_type == "MatMulInteger":
-            _dynamic_to_float(model.graph, node, steps)
+            _dynamic_to_float(graph, node, twin.steps)
         elif node.op_type == "Gather":
-            _rows_to_float(model.graph, node, steps)
+            _rows_to_float(graph, node, twin.steps)
+        elif node.op_type == "GroupQueryAttention" and "k_quant_type" in node.attributes:
+            _cache_to_float(graph, node, twin)
     common.RemoveUnusedNodesPass()(model)
     common.TopologicalSortPass()(model)
-    return Twin(model, steps)
+    return twin
 
 
-def _blocks_to_float(graph: ir.Graph, node: ir.Node, steps: dict[str, tuple[np.ndarray, float]]) -> None:
+def twin_manifest(draft: Manifest) -> Manifest:
+    """The manifest of the float twins of a bundle's parts: what is float16 or int8 outside is float32."""
+
+    def single(spec: TensorSpec) -> TensorSpec:
+        return spec.model_copy(update={"dtype": "float32"}) if spec.dtype in ("float16", "int8") else spec
+
+    parts = tuple(
+        part.model_copy(
+            update={"inputs": tuple(map(single, part.inputs)), "outputs": tuple(map(single, part.outputs))}
+        )
+        for part in draft.parts
+    )
+    state = tuple(each.model_copy(update={"dtype": "float32"}) for each in draft.state)
+    return draft.model_copy(update={"parts": parts, "state": state})
+
+
+def _halves_to_float(graph: ir.Graph, steps: Steps) -> None:
+    """float16 weights as float32, and no casts around them."""
+    for name, value in list(graph.initializers.items()):
+        array = constant(value)
+        if array is None or array.dtype != np.float16:
+            continue
+        single = add_initializer(graph, f"{name}.float", array.astype(np.float32))
+        value.replace_all_uses_with(single)
+        steps[f"{name}.float"] = (np.spacing(np.abs(array)).astype(np.float32), _ROUNDING)
+    for node in list(graph):
+        for output in node.outputs:
+            if output.dtype == ir.DataType.FLOAT16:
+                output.dtype = ir.DataType.FLOAT
+        if node.op_type == "Cast" and str(node.name).endswith((HALF, SINGLE)):
+            inner, outer = node.inputs[0], node.outputs[0]
+            assert inner is not None
+            name, outside = outer.name, outer.is_graph_output()
+            outer.replace_all_uses_with(inner, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            if outside:
+                inner.name = name
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT16:
+            value.dtype = ir.DataType.FLOAT
+
+
+def _cache_to_float(graph: ir.Graph, node: ir.Node, twin: Twin) -> None:
+    """The node without quantization of its cache, whose scales are kept aside."""
+    attributes = {
+        key: node.attributes.get(key) for key in ("k_quant_type", "v_quant_type", "kv_cache_bit_width")
+    }
+    found = [None if value is None else value.value for value in attributes.values()]
+    scales = [constant(node.inputs[place]) for place in (KEY_SCALE, VALUE_SCALE)]
+    if found != ["PER_CHANNEL", "PER_CHANNEL", 8] or any(each is None for each in scales):
+        raise ParityError(f"{node.name}: cache quantized as {found}, not as this exporter does; re-export")
+    for output, scale in zip(node.outputs[1:], scales, strict=True):
+        assert scale is not None
+        twin.caches[str(output.name)] = scale
+    for key in attributes:
+        del node.attributes[key]
+    node.replace_input_with(KEY_SCALE, None)
+    node.replace_input_with(VALUE_SCALE, None)
+    for value in (node.inputs[3], node.inputs[4], *node.outputs[1:]):
+        assert value is not None
+        value.dtype = ir.DataType.FLOAT
+
+
+def _blocks_to_float(graph: ir.Graph, node: ir.Node, twin: Twin) -> None:
     packed, scales = constant(node.inputs[1]), constant(node.inputs[2])
     if packed is None or scales is None or len(node.inputs) > 3:
         raise ParityError(f"{node.name}: MatMulNBits without constant symmetric blocks; re-export")
-    width, columns, block = (node.attributes[key].as_int() for key in ("K", "N", "block_size"))
-    low, high = packed & 15, packed >> 4
-    grid = np.stack([low, high], axis=-1).reshape(columns, -1, block).astype(np.float32) - 8.0
+    width, columns, block, bits = (node.attributes[key].as_int() for key in ("K", "N", "block_size", "bits"))
+    if bits == 4:
+        packed = np.stack([packed & 15, packed >> 4], axis=-1)
+    grid = packed.reshape(columns, -1, block).astype(np.float32) - 2.0 ** (bits - 1)
     scale = scales.reshape(columns, -1, 1)
     weight = (grid * scale).reshape(columns, -1)[:, :width].T
     step = np.broadcast_to(np.abs(scale), grid.shape).reshape(columns, -1)[:, :width].T
-    _replace(graph, node, "MatMul", [node.inputs[0]], weight, (step, _CLIPPED), steps)
+    if str(node.name).endswith(GPTQ):
+        twin.calibrated[f"{node.name}.float.weight"] = (str(node.name).removesuffix(GPTQ), block)
+    _replace(graph, node, "MatMul", [node.inputs[0]], weight, (step, _CLIPPED), twin.steps)
 
 
-def _dynamic_to_float(graph: ir.Graph, node: ir.Node, steps: dict[str, tuple[np.ndarray, float]]) -> None:
+def _dynamic_to_float(graph: ir.Graph, node: ir.Node, steps: Steps) -> None:
     """DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(activation scale x weight scale)."""
     dynamic = producer(node.inputs[0], "DynamicQuantizeLinear")
     last = _only_user(_only_user(node, "Cast"), "Mul")
@@ -82,7 +170,7 @@ def _dynamic_to_float(graph: ir.Graph, node: ir.Node, steps: dict[str, tuple[np.
     _replace(graph, last, "MatMul", [dynamic.inputs[0]], dequantized, (step, _ROUNDING), steps)
 
 
-def _rows_to_float(graph: ir.Graph, node: ir.Node, steps: dict[str, tuple[np.ndarray, float]]) -> None:
+def _rows_to_float(graph: ir.Graph, node: ir.Node, steps: Steps) -> None:
     rows = constant(node.inputs[0])
     if rows is None or rows.dtype != np.int8:
         return
@@ -108,7 +196,7 @@ def _replace(
     inputs: list[ir.Value | None],
     weight: np.ndarray,
     step: tuple[np.ndarray, float],
-    steps: dict[str, tuple[np.ndarray, float]],
+    steps: Steps,
 ) -> None:
     name = f"{node.name}.float"
     value = add_initializer(graph, f"{name}.weight", np.ascontiguousarray(weight, dtype=np.float32))
@@ -118,11 +206,7 @@ def _replace(
 
 def _swap(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     graph.insert_before(old, new)
-    before, after = old.outputs[0], new.outputs[0]
-    after.dtype, after.shape, name = ir.DataType.FLOAT, before.shape, before.name
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    after.name = name
+    swap_output(graph, old, new)
 
 
 def _only_user(node: ir.Node | None, op_type: str) -> ir.Node | None:
@@ -130,11 +214,15 @@ def _only_user(node: ir.Node | None, op_type: str) -> ir.Node | None:
     return users[0] if len(users) == 1 and users[0].op_type == op_type else None
 
 
-def same_but_rounded(original: ir.Model, twin: Twin, where: str) -> float:
+def same_but_rounded(
+    original: ir.Model, twin: Twin, where: str, calibration: Calibration | None = None
+) -> float:
     """Walk both graphs in step from their outputs. Returns the largest weight error, in grid steps.
 
-    Raises ParityError at the first node, wire, attribute or weight that differs by more than rounding.
+    Calibrated weights, which `calibration` answers for, do not count there. Raises ParityError at the first
+    node, wire, attribute or weight that differs by more than rounding.
     """
+    _check_caches(twin, where, calibration)
     pairs = list(zip(original.graph.outputs, twin.model.graph.outputs, strict=False))
     names = [[value.name for value in m.graph.outputs] for m in (original, twin.model)]
     inputs = [[value.name for value in m.graph.inputs] for m in (original, twin.model)]
@@ -150,7 +238,7 @@ def same_but_rounded(original: ir.Model, twin: Twin, where: str) -> float:
             continue
         seen.add((id(left), id(right)))
         if (array := constant(left)) is not None:
-            worst = max(worst, _weight_error(left, array, right, twin, where))
+            worst = max(worst, _weight_error(left, array, right, twin, where, calibration))
             continue
         first, second = left.producer(), right.producer()
         if first is None or second is None:
@@ -187,10 +275,47 @@ def _trim(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
     return inputs
 
 
-def _weight_error(left: ir.Value, array: np.ndarray, right: ir.Value, twin: Twin, where: str) -> float:
+def _check_caches(twin: Twin, where: str, calibration: Calibration | None) -> None:
+    for name, scale in twin.caches.items():
+        if calibration is None:
+            raise ParityError(
+                f"{where}: {name} is int8, and there is no calibration to hold its scales against"
+            )
+        if not np.array_equal(scale, calibration.scales[name]):
+            raise ParityError(f"{where}: the scales of {name} are not those that calibration gives")
+
+
+def _check_calibrated(
+    left: ir.Value, array: np.ndarray, other: np.ndarray, made: tuple[str, int], where: str,
+    calibration: Calibration | None,
+) -> None:  # fmt: skip
+    """Blocks are those that calibration gives, and lose less than nearest rounding on held-out inputs."""
+    if calibration is None:
+        raise ParityError(
+            f"{where}: weight {left.name} is calibrated, and there is no calibration to hold it to"
+        )
+    node, size = made
+    wanted = calibration.rounded(node, size)
+    if not np.array_equal(other, wanted.weight):
+        raise ParityError(f"{where}: weight {left.name} does not hold the blocks that calibration gives")
+    plain = gptq.dequantized(*gptq.nearest(array, size), len(array))
+    lost, rival = (gptq.output_error(array, each, wanted.probe) for each in (other, plain))
+    if not lost <= rival * (1 + 1e-6):
+        raise ParityError(
+            f"{where}: weight {left.name} loses {lost:.3g} of its output, rounding to nearest {rival:.3g}"
+        )
+
+
+def _weight_error(
+    left: ir.Value, array: np.ndarray, right: ir.Value, twin: Twin, where: str,
+    calibration: Calibration | None,
+) -> float:  # fmt: skip
     other = constant(right)
     if other is None or other.shape != array.shape:
         raise ParityError(f"{where}: weight {left.name} is missing or has another shape")
+    if (made := twin.calibrated.get(str(right.name))) is not None:
+        _check_calibrated(left, array, other, made, where, calibration)
+        return 0.0
     if str(right.name) not in twin.steps:
         if not np.array_equal(array, other):
             raise ParityError(f"{where}: weight {left.name} differs, though no rule rounds it")

@@ -3,8 +3,9 @@
 In: a name (`int4`, `int4-b64-gptq-kv8`) or the path of a YAML file. Out: a `Policy`. Not here: rounding
 (`quantize.py`); this module imports neither onnx nor torch.
 
-The first rule that matches a node decides. A label is `OPERATOR:name`, as in `MatMul:text.layers.0.mlp.down_proj`;
-the LM head is `MatMul:*lm_head`, and the KV cache is decided at the attention nodes, `GroupQueryAttention:*`.
+The first rule that matches a node decides. A label is `OPERATOR:name`, as in
+`MatMul:text.layers.0.mlp.down_proj`; the LM head is `MatMul:*head`, and the KV cache is decided at the
+attention nodes, `GroupQueryAttention:*`.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ POLICIES: dict[str, tuple[Rule, ...]] = {
 }
 """Base names; `NAMES` tells what may follow them."""
 
-NAMES = "fp32, fp16, int8, int8-blocks, int4; -b64 or -b128 after int4 and int8-blocks, -gptq after int4, -kv8"
+NAMES = "fp32, fp16, int8, int8-blocks, int4; then -b64 or -b128 (int4, int8-blocks), -gptq (int4), -kv8"
 _NAME = re.compile(
     r"(?P<base>fp32|fp16|int8-blocks|int8|int4)(?P<size>-b(?:32|64|128))?(?P<gptq>-gptq)?(?P<kv>-kv8)?"
 )
@@ -109,7 +110,7 @@ def resolve(precision: str) -> Policy:
 
 
 def named(precision: str) -> Policy:
-    """`int4` = blocks of 32; `-b64`, `-b128` larger blocks, `-gptq` calibrated weights, `-kv8` int8 KV cache."""
+    """`int4`: blocks of 32; `-b64`, `-b128`: larger; `-gptq`: calibrated weights; `-kv8`: int8 KV cache."""
     found = _NAME.fullmatch(precision)
     if found is None or not _fits(found):
         near = difflib.get_close_matches(precision, [*POLICIES, "int4-b64", "int4-gptq", "int4-kv8"], n=1)
