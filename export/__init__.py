@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.quantize_policy import resolve
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ FORMATS = ("onnx",)
 """GGUF and Core ML join here."""
 
 PRECISIONS = ("fp32", "int8", "int4")
+"""Those of `export_all`; every name and YAML file that `quantize_policy.resolve` knows may be given."""
 
 
 def export_checkpoint(
@@ -77,7 +79,7 @@ def export_all(
     from export.onnx import export_onnx
 
     base = name or Path(checkpoint).resolve().name
-    names = {precision: f"{base}-{to}-{precision}" for precision in precisions}
+    names = {precision: f"{base}-{to}-{resolve(precision).name}" for precision in precisions}
     targets = {precision: Path(out_dir) / names[precision] for precision in precisions}
     return export_onnx(
         Path(checkpoint),
@@ -92,7 +94,7 @@ def export_all(
 def _check_names(to: str, precisions: Sequence[str]) -> None:
     if to not in FORMATS:
         raise InputError(f"format {to!r} is not known; choose from {', '.join(FORMATS)}")
-    if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
-        raise InputError(f"precision {unknown[0]!r} is not known; choose from {', '.join(PRECISIONS)}")
     if not precisions:
         raise InputError(f"no precision given; choose from {', '.join(PRECISIONS)}")
+    for precision in precisions:
+        resolve(precision)
