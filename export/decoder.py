@@ -1,11 +1,14 @@
 """One decoder graph for prefill, decode and continuation, with the fused attention emitted at trace time.
 
 In: a transformers text model and its LM head. Out: an `onnx_ir.Model` in the onnx-community layout:
-`inputs_embeds, attention_mask, position_ids, past_key_values.N.key|value -> logits, present.N.key|value`.
+`inputs_embeds, attention_mask, position_ids, past_key_values.N.key|value [, deepstack_embeds] -> logits,
+present.N.key|value`.
 Not here: graph clean-up and fusions (`passes.py`), quantization (`quantize.py`).
 
 Attention is `com.microsoft::GroupQueryAttention`, which appends to the cache itself. Rows of a batch may
 differ in length when the padding is on the right and either the past is empty or one token is fed.
+Positions of one row are rotated by that node; narrow heads and positions of three rows (M-RoPE) by
+`RotaryEmbedding` before it, on cosines that all layers share.
 All changes to transformers are scoped: they end with `_traceable`, also on an error.
 """
 
@@ -25,6 +28,7 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from export import fused
 from runtime.errors import CheckpointError
 
 OPSET = 20
@@ -33,6 +37,9 @@ OPSET = 20
 IR_VERSION = 10
 """onnxruntime 1.23.2 refuses IR 12 and later."""
 
+DEEPSTACK_INPUT = "deepstack_embeds"
+"""Decoder input (layers, B, S, hidden): what is added after the first layers."""
+
 _KEY = "pocketvlm_group_query"
 _FOLDED_HEAD_MULTIPLE = 16  # CPU kernel with do_rotary=1: "head_size shall be a multiple of 16"
 _HEAD_MULTIPLE = 8  # CPU kernel in any case: "head_size must be a multiple of 8"
@@ -40,7 +47,10 @@ _HEAD_MULTIPLE = 8  # CPU kernel in any case: "head_size must be a multiple of 8
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The numbers of a text decoder that the cache and the attention node need."""
+    """The numbers of a text decoder that the cache and the attention node need.
+
+    `position_rows`: 1, or 3 with M-RoPE. `deepstack_layers`: after how many layers something is added.
+    """
 
     layers: int
     heads: int
@@ -49,11 +59,13 @@ class DecoderShape:
     hidden: int
     vocab: int
     max_positions: int
+    position_rows: int = 1
+    deepstack_layers: int = 0
 
     @property
     def folds_rope(self) -> bool:
         """Whether the attention node applies the rotary embedding itself."""
-        return self.head_dim % _FOLDED_HEAD_MULTIPLE == 0
+        return self.position_rows == 1 and self.head_dim % _FOLDED_HEAD_MULTIPLE == 0
 
     def check(self, where: str) -> None:
         """Raises CheckpointError when the fused attention cannot run this shape."""
@@ -91,6 +103,8 @@ class _Trace:
     total: torch.Tensor | None = None
     position_ids_bs: torch.Tensor | None = None
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # (B, S) into cos, sin (rows, D / 2)
+    deepstack: torch.Tensor | None = None
 
     def attention(
         self,
@@ -128,18 +142,16 @@ class _Trace:
         self.present[2 * layer], self.present[2 * layer + 1] = present_key, present_value
         return out.view(batch, length, heads, width), None
 
-
-def _rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Stands in for an RMSNorm's forward during the trace; (..., hidden) -> same."""
-    epsilon: float = getattr(module, "variance_epsilon", None) or module.eps
-    return torch.onnx.ops.symbolic(
-        "SimplifiedLayerNormalization",
-        (hidden, module.weight),
-        {"axis": -1, "epsilon": float(epsilon), "stash_type": 1},
-        dtype=hidden.dtype,
-        shape=hidden.shape,
-        version=1,
-    )
+    def rotated(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query and key (B, H, S, D) by the rows of this step."""
+        assert self.rows is not None
+        out = []
+        for tensor in tensors:
+            batch, heads, length, width = tensor.shape
+            flat = tensor.transpose(1, 2).reshape(batch, length, heads * width)
+            turned = fused.rotate(flat, *self.rows, heads)
+            out.append(turned.view(batch, length, heads, width).transpose(1, 2))
+        return tuple(out)
 
 
 class _Decoder(nn.Module):
@@ -150,10 +162,13 @@ class _Decoder(nn.Module):
         self.text, self.head, self._shape, self._trace = text, head, shape, trace
         self.cos_cache: torch.Tensor
         self.sin_cache: torch.Tensor
-        if shape.folds_rope:
+        self.frequencies: torch.Tensor
+        if shape.position_rows == 1:
             cos, sin = _rope_tables(text, shape)
             self.register_buffer("cos_cache", cos)
             self.register_buffer("sin_cache", sin)
+        else:
+            self.register_buffer("frequencies", _frequencies(text, shape))
 
     def forward(
         self,
@@ -161,14 +176,18 @@ class _Decoder(nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past: list[torch.Tensor],
+        deepstack_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """(B, S, hidden), (B, P + S), (B, S), 2 x layers (B, KV, P, D) -> logits (B, S, vocab), presents."""
+        """(B, S, hidden), (B, P + S), (B, S) or (3, B, S), 2 x layers (B, KV, P, D) [, (n, B, S, hidden)]
+        -> logits (B, S, vocab), presents."""
         trace = self._trace
         trace.past, trace.present = past, {}
         trace.last_index_b = (attention_mask.sum(1) - 1).to(torch.int32)
         trace.total = (attention_mask[0].numel() * torch.ones((), dtype=torch.int32)).to(torch.int32)
         trace.position_ids_bs = position_ids
         trace.rope = (self.cos_cache, self.sin_cache) if self._shape.folds_rope else None
+        trace.rows = None if self._shape.folds_rope else self._rows(position_ids)
+        trace.deepstack = deepstack_embeds
         out = self.text(
             inputs_embeds=inputs_embeds,
             attention_mask=None,
@@ -178,6 +197,17 @@ class _Decoder(nn.Module):
         )
         logits = self.head(out.last_hidden_state)
         return (logits, *(trace.present[i] for i in range(2 * self._shape.layers)))
+
+    def _rows(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row numbers (B, S) and the cosines and sines (rows, D / 2) that they point into."""
+        if self._shape.position_rows == 1:
+            return position_ids, self.cos_cache, self.sin_cache
+        batch, length = position_ids.shape[1:]
+        # one of the three products is no zero, so the sum is as exact as that product
+        angles = (position_ids.reshape(3, -1, 1).float() * self.frequencies).sum(0)
+        scale = float(self.text.rotary_emb.attention_scaling)  # type: ignore[union-attr, arg-type]
+        cos, sin = (wave if scale == 1.0 else wave * scale for wave in (angles.cos(), angles.sin()))
+        return torch.arange(batch * length).view(batch, length), cos, sin
 
 
 def _rope_tables(text: nn.Module, shape: DecoderShape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,34 +219,66 @@ def _rope_tables(text: nn.Module, shape: DecoderShape) -> tuple[torch.Tensor, to
     return cos[0, :, :half].clone().contiguous(), sin[0, :, :half].clone().contiguous()
 
 
+def _frequencies(text: Any, shape: DecoderShape) -> torch.Tensor:
+    """(3, 1, head_dim / 2): each frequency in the position row that turns it, zero in the others.
+
+    Which row that is comes from the model's own rotary module: only its own position moves a frequency.
+    """
+    half = shape.head_dim // 2
+    found = torch.zeros(3, 1, half)
+    with torch.no_grad():
+        for row in range(3):
+            positions = torch.zeros(3, 1, 1, dtype=torch.long)
+            positions[row] = 1
+            _, sin = text.rotary_emb(torch.zeros(1, 1, 1), positions)
+            found[row, 0] = (sin[0, 0, :half] != 0) * text.rotary_emb.inv_freq
+    if not ((found != 0).sum(0) == 1).all():
+        raise CheckpointError("rotary embedding: a frequency is not turned by exactly one of three positions")
+    return found
+
+
 @contextlib.contextmanager
 def _traceable(text: Any, trace: _Trace, fold_rope: bool) -> Iterator[None]:
-    """Attention, RMSNorm and (when folded) RoPE of `text` emit ONNX nodes inside this block only."""
-    norms = [module for module in text.modules() if type(module).__name__.endswith("RMSNorm")]
+    """Attention, RMSNorm and RoPE of `text` emit ONNX nodes inside this block only."""
     before = text.config._attn_implementation
     home = sys.modules[type(text).__module__]
-    with contextlib.ExitStack() as undo:
+    rotate = home.apply_rotary_pos_emb
+
+    def rotated(q: torch.Tensor, k: torch.Tensor, *args: Any, **more: Any) -> Any:
+        if fold_rope:
+            return q, k
+        return trace.rotated(q, k) if trace.rows is not None else rotate(q, k, *args, **more)
+
+    with fused.emitting(), fused.rms_norms(text), contextlib.ExitStack() as undo:
         AttentionInterface.register(_KEY, trace.attention)
         undo.callback(AttentionInterface._global_mapping.pop, _KEY, None)
         AttentionMaskInterface.register(_KEY, lambda *_, **__: None)
         undo.callback(AttentionMaskInterface._global_mapping.pop, _KEY, None)
         text.config._attn_implementation = _KEY
         undo.callback(setattr, text.config, "_attn_implementation", before)
-        for norm in norms:
-            norm.forward = _rms_norm.__get__(norm)
-            undo.callback(norm.__dict__.pop, "forward", None)
-        if fold_rope:
-            rotate = home.apply_rotary_pos_emb
-            home.apply_rotary_pos_emb = lambda q, k, *_, **__: (q, k)  # type: ignore[attr-defined]
-            undo.callback(setattr, home, "apply_rotary_pos_emb", rotate)
+        home.apply_rotary_pos_emb = rotated  # type: ignore[attr-defined]
+        undo.callback(setattr, home, "apply_rotary_pos_emb", rotate)
         yield
 
 
-def io_names(layers: int) -> tuple[list[str], list[str]]:
+@contextlib.contextmanager
+def _deepstacked(text: Any, trace: _Trace, layers: int) -> Iterator[None]:
+    """Row i of `trace.deepstack` is added after layer i of `text` inside this block."""
+
+    def add(index: int) -> Any:
+        return lambda _, __, hidden: hidden + trace.deepstack[index]  # type: ignore[index]
+
+    with contextlib.ExitStack() as undo:
+        for index in range(layers):
+            undo.callback(text.layers[index].register_forward_hook(add(index)).remove)
+        yield
+
+
+def io_names(layers: int, *, deepstack: bool = False) -> tuple[list[str], list[str]]:
     """Graph input and output names of the onnx-community layout."""
     cache = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     inputs = ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{x}" for x in cache)]
-    return inputs, ["logits", *(f"present.{x}" for x in cache)]
+    return [*inputs, *([DEEPSTACK_INPUT] if deepstack else [])], ["logits", *(f"present.{x}" for x in cache)]
 
 
 def trace_decoder(text: nn.Module, head: nn.Module, shape: DecoderShape) -> ir.Model:
@@ -225,21 +287,26 @@ def trace_decoder(text: nn.Module, head: nn.Module, shape: DecoderShape) -> ir.M
     decoder = _Decoder(text, head, shape, trace).eval()
     batch, length, past = 2, 5, 7
     cache = [torch.zeros(batch, shape.kv_heads, past, shape.head_dim) for _ in range(2 * shape.layers)]
+    rows = (shape.position_rows,) if shape.position_rows > 1 else ()
+    stack = shape.deepstack_layers
     example = (
         torch.zeros(batch, length, shape.hidden),
         torch.ones(batch, past + length, dtype=torch.long),
-        torch.arange(past, past + length).expand(batch, length).contiguous(),
+        torch.arange(past, past + length).expand(*rows, batch, length).contiguous(),
         cache,
+        *([torch.zeros(stack, batch, length, shape.hidden)] if stack else []),
     )
     auto = torch.export.Dim.DYNAMIC
+    both, later = {0: auto, 1: auto}, {1: auto, 2: auto}
     dynamic = (
-        {0: auto, 1: auto},
-        {0: auto, 1: auto},
-        {0: auto, 1: auto},
+        both,
+        both,
+        later if rows else both,
         [{0: auto, 2: auto} for _ in cache],
+        *([later] if stack else []),
     )
-    inputs, outputs = io_names(shape.layers)
-    with _traceable(text, trace, shape.folds_rope):
+    inputs, outputs = io_names(shape.layers, deepstack=stack > 0)
+    with _traceable(text, trace, shape.folds_rope), _deepstacked(text, trace, stack):
         return to_onnx(decoder, example, inputs, outputs, dynamic)
 
 
@@ -248,7 +315,7 @@ def to_onnx(
     example: tuple[Any, ...],
     inputs: list[str],
     outputs: list[str],
-    dynamic: tuple[Any, ...],
+    dynamic: tuple[Any, ...] | None,
 ) -> ir.Model:
     """`torch.onnx.export` at our opset and IR floor, without its chatter."""
     noisy = logging.getLogger("torch.onnx")
