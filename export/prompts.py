@@ -108,11 +108,6 @@ def later_reason(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def answer_opening(checkpoint: Checkpoint) -> str:
-    """What the template writes between the opening of an answer and its text (often nothing or a space)."""
-    return _Template(checkpoint, "", "", "", "", None).turn_end()[0]
-
-
 class _Template:
     """One chat template and what its processor writes for a picture."""
 
@@ -165,6 +160,8 @@ class _Template:
 
     def turn_end(self, first_images: int = 0, images: int = 0) -> tuple[str, str, str]:
         """(before the answer's text, the token that ends it, the user turn after it) of a further turn.
+
+        Before the text there often is nothing, or a space, which a generated answer begins with.
 
         Raises _Uncut when there is no such fixed text.
         """
@@ -224,6 +221,7 @@ class _Template:
         if any(other != found[0] for other in found) or len({(o, e) for o, e, _ in found[0]}) != 1:
             return None
         return LaterTurn(
+            answer_before=bare[0],
             turn_end=self._ids(bare[1]),
             user=self._with_image(one[2], two[2]),
             user_without_image=self._segments(bare[2]),

@@ -138,25 +138,23 @@ def later_turns(
         shapes += [(one, other), (one, (), other)] if images > 1 else []
         shapes += [(other, (picture(1), picture(3)), ())] if images > 2 else []
     conversations = [
-        answered(
-            checkpoint,
-            [
-                Turn(
-                    QUESTIONS[(index + 3 * n) % len(QUESTIONS)], pictures, ANSWERS[(index + n) % len(ANSWERS)]
-                )
-                for n, pictures in enumerate(shape)
-            ],
-        )
+        answered(checkpoint, later, [_turn(index, n, pictures) for n, pictures in enumerate(shape)])
         for index, shape in enumerate(shapes)
     ]
     return _compare(checkpoint, assemble, conversations, "further turns")
 
 
-def answered(checkpoint: Checkpoint, turns: Sequence[Turn]) -> list[Turn]:
+def _turn(index: int, n: int, pictures: tuple[Image.Image, ...]) -> Turn:
+    """Turn n of conversation `index`, with a question and an answer of its own."""
+    question = QUESTIONS[(index + 3 * n) % len(QUESTIONS)]
+    return Turn(question, pictures, ANSWERS[(index + n) % len(ANSWERS)])
+
+
+def answered(checkpoint: Checkpoint, later: LaterTurn, turns: Sequence[Turn]) -> list[Turn]:
     """The turns with their answers' ids as a conversation has them; the last is left open."""
-    opening = prompts.answer_opening(checkpoint)
     found = [
-        replace(turn, answer_ids=prompts.encode(checkpoint, f"{opening}{turn.answer}")) for turn in turns[:-1]
+        replace(turn, answer_ids=prompts.encode(checkpoint, f"{later.answer_before}{turn.answer}"))
+        for turn in turns[:-1]
     ]
     return [*found, replace(turns[-1], answer=None, answer_ids=())]
 

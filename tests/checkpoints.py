@@ -199,7 +199,16 @@ def _write_qwen(out: Path, config: Mapping[str, Any], name: str, patch: int, see
 
 
 def write_internvl(
-    out: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, heads: int = 4, kv_heads: int = 2
+    out: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """The `-HF` layout: 32 px tiles of 4 tokens, up to 4 and a thumbnail for an image; 1-D positions."""
     config = {
@@ -216,10 +225,16 @@ def write_internvl(
             "attention_bias": True,
             "image_size": [32, 32],
             "patch_size": [8, 8],
+            **(vision or {}),
         },
         "text_config": text_config(
-            hidden, layers, heads, kv_heads, model_type="qwen2", tie_word_embeddings=True
+            hidden,
+            layers,
+            heads,
+            kv_heads,
+            **{"model_type": "qwen2", "tie_word_embeddings": True, **(text or {})},
         ),
+        **(more or {}),
     }
     special = {
         **CHATML_TOKENS,
@@ -291,6 +306,66 @@ def write_lfm2_vl(
     }
     return write(out, config, special, processor, CHATML.replace("IMAGE", "<image>"), seed)
 
+
+# --- variants of a family, for the exporter ---------------------------
+
+
+def write_smolvlm_tiles(out: Path, *, seed: int = 0, **shape: int) -> Path:
+    """Pictures are cut: up to 4 x 4 tiles of 64 px and the whole, 16 tokens each; tile names are tokens."""
+    recipe = yaml.safe_load(RECIPE.read_text())
+    names = [f"row_{row}_col_{column}" for row in range(1, 5) for column in range(1, 5)]
+    special = {**recipe["tokenizer"]["special"], **{f"{name}_token": f"<{name}>" for name in names}}
+    processor = {**recipe["processor"], "image_processor": _tiles(recipe["processor"]["image_processor"])}
+    return write(out, _long(smolvlm_config(**shape)), special, processor, recipe["chat_template"], seed)
+
+
+def write_idefics3_tiles(out: Path, *, seed: int = 0, **shape: int) -> Path:
+    """As `smolvlm_tiles` with the other processor, another filter, and tile names that are plain text."""
+    recipe = yaml.safe_load(RECIPE.read_text())
+    image = {"image_processor_type": "Idefics3ImageProcessor", "resample": 3}
+    processor = {
+        "processor_class": "Idefics3Processor",
+        "image_seq_len": 16,
+        "image_processor": {**_tiles({"max_image_size": {"longest_edge": 64}}), **image},
+    }
+    config = {**_long(smolvlm_config(**shape)), "model_type": "idefics3"}
+    return write(out, config, recipe["tokenizer"]["special"], processor, recipe["chat_template"], seed)
+
+
+def _tiles(image: Mapping[str, Any]) -> dict[str, Any]:
+    return {**image, "do_image_splitting": True, "size": {"longest_edge": 256}}
+
+
+def _long(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "text_config": {**config["text_config"], "max_position_embeddings": 2048}}
+
+
+def write_internvl_qwen3(out: Path, **options: Any) -> Path:
+    """Qwen3 text (a norm on queries and keys), the same norms in vision, the features of an inner layer."""
+    vision = {
+        "norm_type": "rms_norm",
+        "use_qk_norm": True,
+        "attention_bias": False,
+        "use_mean_pooling": False,
+    }
+    more = {"vision_feature_layer": -2}
+    return write_internvl(
+        out, text={"model_type": "qwen3", "head_dim": 16}, vision=vision, more=more, **options
+    )
+
+
+def write_internvl_llama(out: Path, **options: Any) -> Path:
+    """Llama text, a context that ends after a few tiles."""
+    text = {"model_type": "llama", "max_position_embeddings": 256}
+    return write_internvl(out, text=text, **options)
+
+
+VARIANTS: dict[str, Callable[..., Path]] = {
+    "smolvlm_tiles": write_smolvlm_tiles,
+    "idefics3_tiles": write_idefics3_tiles,
+    "internvl_qwen3": write_internvl_qwen3,
+    "internvl_llama": write_internvl_llama,
+}
 
 FAMILIES: dict[str, Callable[..., Path]] = {
     "smolvlm": write_smolvlm,
