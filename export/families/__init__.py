@@ -12,6 +12,7 @@ from pathlib import Path
 from export.checkpoint import Checkpoint
 from export.families.base import Family, Modules
 from export.families.internvl import INTERNVL
+from export.families.lfm2_vl import LFM2_VL
 from export.families.smolvlm import SMOLVLM
 from runtime.errors import CheckpointError
 
@@ -20,6 +21,7 @@ __all__ = ["FAMILIES", "Family", "Modules", "check_type", "family_of", "without_
 FAMILIES: tuple[Family, ...] = (
     SMOLVLM,
     INTERNVL,
+    LFM2_VL,
 )
 
 
