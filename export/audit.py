@@ -104,11 +104,11 @@ def _halves_to_float(graph: ir.Graph, steps: Steps) -> None:
         if node.op_type == "Cast" and str(node.name).endswith((HALF, SINGLE)):
             inner, outer = node.inputs[0], node.outputs[0]
             assert inner is not None
-            name, outside = outer.name, outer.is_graph_output()
+            outside = str(outer.name) if outer.is_graph_output() else None
             outer.replace_all_uses_with(inner, replace_graph_outputs=True)
             graph.remove(node, safe=True)
-            if outside:
-                inner.name = name
+            if outside is not None:
+                inner.name = outside
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT16:
             value.dtype = ir.DataType.FLOAT

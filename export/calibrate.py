@@ -22,11 +22,16 @@ from evals.parity import ParityCase
 from export import gptq
 from export.passes import constant
 from runtime.errors import InputError
-from runtime.image import PreparedImage, join_features
+from runtime.generation import GenerationOptions
+from runtime.image import ImageInput, PreparedImage, join_features
 from runtime.positions import position_ids
 from runtime.session import Session, sources_of
 
 Feeds = dict[str, NDArray[Any]]
+Example = tuple[ImageInput, str]
+"""A picture and a question about it."""
+
+ANSWER_TOKENS = 16
 PROBES = 64
 """Rows of held-out activations kept for each weight: they choose between the roundings, and the audit."""
 
@@ -156,6 +161,18 @@ def _largest(cache: NDArray[Any], *, paired: bool) -> NDArray[np.float32]:
 def _thinned(rows: NDArray[Any]) -> NDArray[Any]:
     """At most PROBES rows, evenly from all."""
     return rows[np.linspace(0, len(rows) - 1, min(PROBES, len(rows))).astype(int)].astype(np.float32)
+
+
+def answered(reference: Any, examples: Sequence[Example]) -> list[ParityCase]:
+    """Examples with the checkpoint's own answers, so that the tokens of an answer are seen, too."""
+    cases = []
+    for index, (image, question) in enumerate(examples):
+        prepared = reference.prepare(image)
+        ids = reference.prompt_ids(question, [prepared])
+        options = GenerationOptions(max_new_tokens=ANSWER_TOKENS)
+        answer = reference.complete(ids, [reference.encode_image(prepared)], options)
+        cases.append(ParityCase(f"example-{index}", question, image, tuple(answer.token_ids)))
+    return cases
 
 
 def collect(session: Session, embed: ir.Model, decoder: ir.Model, cases: Sequence[ParityCase]) -> Calibration:

@@ -20,13 +20,15 @@ import onnx_ir as ir
 
 from evals.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import calibrate, gate, proof, storage, target
+from export import calibrate, gate, limits, proof, static, storage, target
 from export.checkpoint import Checkpoint, load, read_config
 from export.decoder import IR_VERSION
 from export.families import Family, check_type, family_of, without_tiles
 from export.graphs import ROLES, trace_all
 from export.quantize import fallbacks, quantize, resolve, suffix, weight_bits
 from export.quantize_facts import min_onnxruntime
+from export.static_decoder import StaticSizes
+from export.targets import Plan
 from runtime import bundle, conformance, files
 from runtime.contract import TensorSpec
 from runtime.errors import CheckpointError
@@ -43,14 +45,12 @@ from runtime.manifest import (
     ReplaceTokens,
     Source,
     StateTensor,
+    StaticCache,
     TokenizerSpec,
     operations_of,
 )
 from runtime.prompt_spec import PromptSpec
 from runtime.session import Session
-
-MAX_IMAGES = 4
-"""Pictures in a conversation unless told otherwise; the context may hold fewer."""
 
 Progress = Callable[[str], None]
 """Called with one line at the start of every step."""
@@ -70,7 +70,11 @@ _LOGIT_SPREAD, _ROUNDED_SPREAD = 1e-4, 0.05
 
 @dataclass(frozen=True)
 class Facts:
-    """What every precision of one checkpoint shares."""
+    """What every precision of one checkpoint shares.
+
+    `geometry`: the image section that the checkpoint's processor follows; another than `image` only where a
+    static plan gives pictures of any size one size.
+    """
 
     checkpoint: Checkpoint
     family: Family
@@ -83,6 +87,11 @@ class Facts:
     images: int = 1
     notes: tuple[str, ...] = ()
     changed: Mapping[str, bool | int] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
+    context: int = 0
+    geometry: ImageSpec | None = None
+    examples: Sequence[ParityCase] = ()
+    """What calibrated schemes look at; the gate's cases when there is none."""
 
 
 def export_onnx(
@@ -92,11 +101,14 @@ def export_onnx(
     names: Mapping[str, str],
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
-    split_images: bool = True,
-    max_images: int = MAX_IMAGES,
+    plan: Plan | None = None,
+    examples: Sequence[calibrate.Example] = (),
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate."""
+    """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate.
+
+    `examples`: pictures with questions that calibrated schemes look at.
+    """
     for precision, path in targets.items():
         resolve(precision)
         target.check(path)
@@ -108,13 +120,18 @@ def export_onnx(
         sample_images,
         say,
         image_required=image_required,
-        split_images=split_images,
-        max_images=max_images,
+        plan=plan,
+        examples=examples,
     )
+    return write_bundles(facts, targets, names)
+
+
+def write_bundles(facts: Facts, targets: Mapping[str, Path], names: Mapping[str, str]) -> list[Path]:
+    """One bundle per precision from graphs that are traced already."""
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
         if "fp32" not in targets:
             # the rounded parts are judged by the float graphs, so these pass the gate in any case
-            say("fp32: parity gate of the traced parts")
+            facts.say("fp32: parity gate of the traced parts")
             plain = Path(scratch) / "fp32"
             write_files(facts, plain, facts.graphs)
             _check_float(facts, plain, draft_manifest(facts, plain, "fp32", "fp32"))
@@ -131,26 +148,31 @@ def prepare(
     say: Progress,
     *,
     image_required: bool = False,
-    split_images: bool = True,
-    max_images: int = MAX_IMAGES,
+    plan: Plan | None = None,
+    examples: Sequence[calibrate.Example] = (),
 ) -> Facts:
     """Trace the float32 graphs and collect the reference's forced tokens.
 
-    Without `split_images` a checkpoint that cuts pictures into tiles is taken without them, its reference
-    too. A conversation of the bundle takes at most `max_images` pictures, fewer where the context ends.
+    Without `plan.split_images` a checkpoint that cuts pictures into tiles is taken without them, its reference
+    too. A conversation of the bundle takes at most `plan.max_images` pictures, fewer where the context ends.
     """
-    changed = {} if split_images else without_tiles(checkpoint)
+    plan = plan or Plan()
+    changed = {} if plan.split_images else without_tiles(checkpoint)
     family = family_of(checkpoint)
-    image, prompt = family.image(checkpoint), family.prompt(checkpoint)
+    changed |= limits.hold(checkpoint, family, plan.max_image_tokens)
+    geometry, prompt = family.image(checkpoint), family.prompt(checkpoint)
+    image = static.fixed_views(geometry, plan.max_image_tokens) if plan.static else geometry
     if image_required:
         prompt = prompt.model_copy(update={"user_without_image": None})
-    room = family.decoder_shape(checkpoint).max_positions // image.max_tokens
+    context = limits.context(checkpoint, family, image, plan.max_context)
+    room = context // image.max_tokens
     # before the costly steps; the gate repeats it on the written tokenizer
-    claims = proof.settle(checkpoint, prompt, image, max(1, min(max_images, room)))
+    claims = proof.settle(checkpoint, prompt, geometry, max(1, min(plan.max_images, room)))
     prompt = claims.prompt
     for note in claims.notes:
         say(f"note: {note}")
-    reference = TorchSession(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
+    kind = TorchSession if image == geometry else limits.presized(image)
+    reference = kind(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
     if not reference.stop_ids:
         raise CheckpointError(
             f"{checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end; add it"
@@ -160,7 +182,10 @@ def prepare(
         reference, samples, text_only=prompt.user_without_image is not None, images=claims.images
     )
     say("tracing the parts")
-    graphs = trace_all(checkpoint, family)
+    if plan.static:
+        graphs = static.trace_all(checkpoint, family, image, StaticSizes(context, plan.chunk))
+    else:
+        graphs = trace_all(checkpoint, family)
     return Facts(
         checkpoint,
         family,
@@ -173,6 +198,10 @@ def prepare(
         images=claims.images,
         notes=claims.notes,
         changed=changed,
+        plan=plan,
+        context=context,
+        geometry=geometry,
+        examples=calibrate.answered(reference, examples),
     )
 
 
@@ -182,7 +211,7 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     precision, exact = policy.name, all(rule.scheme == "keep" for rule in policy.rules)
     calibration = None
     if policy.calibrated:
-        facts.say(f"{precision}: calibrating on {len(facts.cases)} prompts")
+        facts.say(f"{precision}: calibrating on {len(facts.examples or facts.cases)} prompts")
         calibration = calibration_of(facts, scratch)
     facts.say(f"{precision}: writing parts")
     graphs = {role: quantize(facts.graphs[role], role, policy.rules, calibration) for role in ROLES}
@@ -202,14 +231,14 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
 
 
 def calibration_of(facts: Facts, scratch: Path) -> calibrate.Calibration:
-    """What flows through the float decoder on the gate's prompts and the user's pictures."""
+    """What flows through the float decoder on the examples, or on the gate's own prompts."""
     folder = scratch / "calibration"
     if not folder.exists():
         write_files(facts, folder, facts.graphs)
     draft = draft_manifest(facts, folder, "fp32", "calibration")
     with Session.from_manifest(folder, draft, threads=1) as session:
-        graphs = facts.graphs
-        return calibrate.collect(session, graphs["embed_tokens"], graphs["decoder"], facts.cases)
+        graphs, cases = facts.graphs, facts.examples or facts.cases
+        return calibrate.collect(session, graphs["embed_tokens"], graphs["decoder"], cases)
 
 
 def _check_float(facts: Facts, staged: Path, draft: Manifest) -> Parity:
@@ -224,6 +253,11 @@ def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> N
     (staged / "onnx").mkdir(parents=True)
     for role, model in graphs.items():
         storage.save(model, staged / _part_path(role, model))
+    write_companions(facts, staged)
+
+
+def write_companions(facts: Facts, staged: Path) -> None:
+    """The tokenizer, and what loaders of the ecosystem read beside the parts."""
     facts.checkpoint.processor.save_pretrained(staged)
     files.write_json(
         staged / "preprocessor_config.json", facts.checkpoint.processor.image_processor.to_dict()
@@ -262,35 +296,49 @@ def _bytes(case: ParityCase) -> bytes:
 # --- manifest ---------------------------------------------------------
 
 
-def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Manifest:
-    """The manifest of the files in `staged`, with parity and conformance still to come."""
+def draft_manifest(
+    facts: Facts,
+    staged: Path,
+    precision: str,
+    name: str,
+    *,
+    parts: Sequence[Part] | None = None,
+    fixed: StaticCache | None = None,
+) -> Manifest:
+    """The manifest of the files in `staged`, with parity and conformance still to come.
+
+    `parts`, `fixed`: those of graphs with fixed shapes (`static_bundle.py`).
+    """
     image, prompt = facts.image, facts.prompt
     merge = ReplaceTokens(token=prompt.image.token)
     positions, attention = facts.family.positions(facts.checkpoint), CausalAttention()
     deepstack = facts.family.deepstack(facts.checkpoint)
-    shape = facts.family.decoder_shape(facts.checkpoint)
-    parts = tuple(_part(staged, role) for role in ROLES)
+    if parts is None:
+        parts = tuple(_part(staged, role) for role in ROLES)
+    used = (*image.operations, image.tokens, merge, deepstack, positions, attention, fixed)
     return Manifest(
         name=name,
         format="onnx",
+        flavour=facts.plan.flavour,
         precision=precision,
-        requires=operations_of(
-            *image.operations, image.tokens, merge, *([deepstack] if deepstack else []), positions, attention
-        ),
+        target=facts.plan.target,
+        providers=facts.plan.providers,
+        requires=operations_of(*(each for each in used if each is not None)),
         image=image,
         prompt=prompt,
         merge=merge,
         deepstack=deepstack,
         positions=positions,
         attention=attention,
-        state=_state(parts[-1]),
-        limits=Limits(context=shape.max_positions, image_tokens=image.max_tokens, images=facts.images),
+        static=fixed,
+        state=_state(parts[-1]) if fixed is None else static.states(parts[-1].inputs),
+        limits=Limits(context=facts.context, image_tokens=image.max_tokens, images=facts.images),
         tokenizer=TokenizerSpec(
             type="tokenizers-json",
             file=bundle.file_ref(staged, "tokenizer.json"),
             stop_ids=facts.reference.stop_ids,
         ),
-        parts=parts,
+        parts=tuple(parts),
         source=Source(
             name=facts.checkpoint.path.resolve().name,
             sha256=facts.checkpoint.sha256,
@@ -306,14 +354,19 @@ def draft_manifest(facts: Facts, staged: Path, precision: str, name: str) -> Man
 
 def _part(staged: Path, role: str) -> Part:
     """Facts read back from the written file, not from what was meant to be written."""
-    found = sorted((staged / "onnx").glob(f"{_FILES[role]}*.onnx"))
-    model = ir.load(found[0])
+    path = sorted((staged / "onnx").glob(f"{_FILES[role]}*.onnx"))[0]
+    return part_of(staged, role, path, storage.data_files(path))
+
+
+def part_of(staged: Path, role: str, path: Path, data: Sequence[Path]) -> Part:
+    """Facts read back from the graph file at `path`, whose further weights are in `data`."""
+    model = ir.load(path)
     if model.ir_version is None or model.ir_version > IR_VERSION:
-        raise CheckpointError(f"{found[0]}: IR version {model.ir_version}, at most {IR_VERSION} expected")
-    sha256, size = bundle.digest(found[0])
+        raise CheckpointError(f"{path}: IR version {model.ir_version}, at most {IR_VERSION} expected")
+    sha256, size = bundle.digest(path)
     return Part(
         role=role,  # type: ignore[arg-type]
-        path=found[0].relative_to(staged).as_posix(),
+        path=path.relative_to(staged).as_posix(),
         sha256=sha256,
         bytes=size,
         inputs=tuple(map(_tensor, model.graph.inputs)),
@@ -325,10 +378,7 @@ def _part(staged: Path, role: str) -> Part:
             opsets={k or "ai.onnx": v for k, v in model.opset_imports.items()},
             min_onnxruntime=min_onnxruntime(model),
         ),
-        data=tuple(
-            bundle.file_ref(staged, file.relative_to(staged).as_posix())
-            for file in storage.data_files(found[0])
-        ),
+        data=tuple(bundle.file_ref(staged, file.relative_to(staged).as_posix()) for file in data),
     )
 
 

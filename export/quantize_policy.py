@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from runtime import files
 from runtime.errors import InputError, MissingExtra
 
 Scheme = Literal[
@@ -183,6 +184,15 @@ def read(path: Path) -> Policy:
     except InputError as error:
         raise InputError(f"{path}: base: {error}") from None
     return Policy(spec.name, (*own, *under))
+
+
+def dump(policy: Policy, path: Path) -> Path:
+    """Write a policy as YAML that `read` takes, comments aside."""
+    import yaml
+
+    rows = [{"part": rule.part, "node": rule.node, "scheme": rule.scheme} for rule in policy.rules]
+    files.write_text(path, yaml.safe_dump({"name": policy.name, "rules": rows}, sort_keys=False))
+    return path
 
 
 def _explain(fault: Any) -> str:
