@@ -6,6 +6,7 @@ No tolerance: both sides do the same integer resampling, then the same two float
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,3 +80,50 @@ def test_views(name: str, width: int, height: int) -> None:
     assert prepared.tokens <= SPECS[name].max_tokens
     rows, columns = prepared.tiles
     assert len(prepared.views) - rows * columns in (0, 1)
+
+
+def saved(directory: Path, name: str, source: Image.Image, **options: Any) -> Path:
+    path = directory / name
+    source.save(path, **options)
+    return path
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x112] = orientation
+    return found
+
+
+FILES: dict[str, tuple[str, Image.Image, dict[str, Any]]] = {
+    "turned": ("a.jpg", picture(900, 700), {"exif": exif(6), "quality": 85}),
+    "mirrored": ("a.png", picture(700, 900), {"exif": exif(7)}),
+    "alpha": ("a.png", picture(700, 450, 4), {}),
+    "gray": ("a.png", picture(450, 700, 1), {}),
+    "gray-alpha": ("a.png", picture(450, 70, 2), {}),
+    "palette": ("a.png", picture(333, 222).quantize(64), {"transparency": 3}),
+    "black-white": ("a.png", picture(90, 270, 1).convert("1"), {}),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("name", ["smolvlm-256m-whole", "qwen2.5-vl", "internvl", "lfm2-vl", "gemma3"])
+def test_kinds_of_files_and_pixels(name: str, kind: str, tmp_path: Path) -> None:
+    """As a file, as its bytes, and as a PIL image, which is not turned and whose alpha is laid over white."""
+    path = saved(tmp_path, FILES[kind][0], FILES[kind][1], **FILES[kind][2])
+    assert_same(name, str(path), path.read_bytes())
+    opened = Image.open(path)
+    if opened.mode == "RGB" or PROCESSORS[name][0].do_convert_rgb:
+        assert_same(name, opened)
+    else:  # the processor has no conversion and refuses; here it is as with the others
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            expected(name, opened)
+        assert image.prepare(opened, SPECS[name]).views
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1200), (1200, 1), (3, 30_000)])
+def test_more_patches_than_padded_are_refused(width: int, height: int) -> None:
+    """The processor lets them through with a mask that is too short, and the model fails on them."""
+    found = expected("lfm2-vl", picture(width, height))
+    assert found["pixel_values"].shape[1] > found["pixel_attention_mask"].shape[1]
+    with pytest.raises(InputError, match=r"too long and thin: .* patches, the most is 1024; crop it"):
+        image.prepare(picture(width, height), SPECS["lfm2-vl"])
