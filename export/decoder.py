@@ -18,7 +18,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ class _PassThroughCache(DynamicCache):
 class _Trace:
     """What the attention function of one trace reads and fills; (B, KV, P, D) per past tensor."""
 
-    past: Sequence[torch.Tensor] = ()
+    past: Sequence[torch.Tensor] | Mapping[int, torch.Tensor] = ()
     present: dict[int, torch.Tensor] = field(default_factory=dict)
     last_index_b: torch.Tensor | None = None
     total: torch.Tensor | None = None
@@ -180,6 +180,18 @@ class _Decoder(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """(B, S, hidden), (B, P + S), (B, S) or (3, B, S), 2 x layers (B, KV, P, D) [, (n, B, S, hidden)]
         -> logits (B, S, vocab), presents."""
+        self._trace.deepstack = deepstack_embeds
+        logits = self._logits(inputs_embeds, attention_mask, position_ids, past)
+        return (logits, *(self._trace.present[i] for i in range(2 * self._shape.layers)))
+
+    def _logits(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
+    ) -> torch.Tensor:
+        """The step itself; keys of layer i are `past[2 * i]`, its values `past[2 * i + 1]`."""
         trace = self._trace
         trace.past, trace.present = past, {}
         trace.last_index_b = (attention_mask.sum(1) - 1).to(torch.int32)
@@ -187,16 +199,15 @@ class _Decoder(nn.Module):
         trace.position_ids_bs = position_ids
         trace.rope = (self.cos_cache, self.sin_cache) if self._shape.folds_rope else None
         trace.rows = None if self._shape.folds_rope else self._rows(position_ids)
-        trace.deepstack = deepstack_embeds
+        keys = next(iter(past.values())) if isinstance(past, Mapping) else past[0]
         out = self.text(
             inputs_embeds=inputs_embeds,
             attention_mask=None,
             position_ids=position_ids,
-            past_key_values=_PassThroughCache(past[0].shape[2]),
+            past_key_values=_PassThroughCache(keys.shape[2]),
             use_cache=True,
         )
-        logits = self.head(out.last_hidden_state)
-        return (logits, *(trace.present[i] for i in range(2 * self._shape.layers)))
+        return self.head(out.last_hidden_state)
 
     def _rows(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Row numbers (B, S) and the cosines and sines (rows, D / 2) that they point into."""

@@ -30,9 +30,10 @@ from evals.torch_session import TorchSession
 from export import audit, proof, storage
 from export.calibrate import Calibration
 from export.checkpoint import Checkpoint
-from runtime.errors import ParityError
+from runtime.errors import InputError, ParityError
 from runtime.generation import GenerationOptions
-from runtime.image import ImageInput, load
+from runtime.image import ImageInput, load, prepare
+from runtime.image_spec import ImageSpec
 from runtime.manifest import Limits, Manifest, Parity
 from runtime.prompt import load_tokenizer
 from runtime.session import Session
@@ -101,7 +102,8 @@ def make_cases(
     """Cases over our own pictures and the user's, two in one turn and none, each with forced tokens."""
     for sample in samples:
         load(sample, Limits.model_fields["source_pixels"].default)  # one clear line for what is no picture
-    found = [*pictures(), *((f"sample-{index}", sample) for index, sample in enumerate(samples))]
+    own = [(name, image) for name, image in pictures() if name != "alpha" or _taken(reference, image)]
+    found = [*own, *((f"sample-{index}", sample) for index, sample in enumerate(samples))]
     questions = [question for question in proof.QUESTIONS if question.strip()]
     cases = [
         ParityCase(name, questions[index % len(questions)], image)
@@ -121,17 +123,31 @@ def make_cases(
     return done
 
 
+def _taken(reference: TorchSession, image: ImageInput) -> bool:
+    """Whether the checkpoint's processor takes it: some refuse transparency in memory, and a bundle need not."""
+    try:
+        reference.prepare(image)
+    except InputError:
+        return False
+    return True
+
+
 def check_float(
     checkpoint: Checkpoint,
     staged: Path,
     draft: Manifest,
     reference: TorchSession,
     cases: Sequence[ParityCase],
+    geometry: ImageSpec | None = None,
 ) -> Parity:
-    """Hold the float32 parts in `staged` against the checkpoint. Raises ParityError (or BundleError)."""
+    """Hold the float32 parts in `staged` against the checkpoint. Raises ParityError (or BundleError).
+
+    `geometry`: the image section that the checkpoint's processor follows, if the draft's brings pictures to
+    one size; the prompt's segments are proved by it.
+    """
     _check_embedding_rows(checkpoint, staged, draft)
     with Session.from_manifest(staged, draft, threads=1) as session:
-        _check_prompts(checkpoint, staged, draft, session)
+        _check_prompts(checkpoint, staged, draft, geometry or draft.image)
         result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
         for case in cases:
             _check_greedy(reference, session, case)
@@ -147,6 +163,7 @@ def check_quantized(
     cases: Sequence[ParityCase],
     scratch: Path,
     calibration: Calibration | None = None,
+    twin_of: Callable[[ir.Model], audit.Twin] = audit.float_twin,
 ) -> Parity:
     """Audit the written parts against the float graphs, then run them against their float twins.
 
@@ -157,7 +174,7 @@ def check_quantized(
     figures = {}
     for role in originals:
         part = draft.part(role)
-        twin = audit.float_twin(_read_part(staged, part.path))
+        twin = twin_of(_read_part(staged, part.path))
         figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(
             originals[role], twin, part.path, calibration
         )
@@ -204,18 +221,20 @@ def _check_embedding_rows(checkpoint: Checkpoint, staged: Path, draft: Manifest)
     part = draft.part("embed_tokens")
     table = checkpoint.model.get_input_embeddings().weight.numpy()
     run = onnxruntime.InferenceSession(staged / part.path, providers=["CPUExecutionProvider"]).run
-    for start in range(0, len(table), 8192):
-        ids = np.arange(start, min(start + 8192, len(table)), dtype=np.int64)
-        rows = run([part.outputs[0].name], {part.inputs[0].name: ids[None]})[0][0]
+    length = part.inputs[0].shape[1]
+    step = length if isinstance(length, int) else 8192
+    for start in range(0, len(table), step):
+        ids = np.arange(start, start + step) % len(table)  # a graph of fixed shape takes no fewer
+        rows = run([part.outputs[0].name], {part.inputs[0].name: ids[None].astype(part.inputs[0].dtype)})[0][0]
         if not np.array_equal(rows, table[ids]):
             wrong = int(ids[(rows != table[ids]).any(axis=1)][0])
             raise ParityError(f"gate: {part.path}: the embedding of id {wrong} is not the checkpoint's")
 
 
-def _check_prompts(checkpoint: Checkpoint, staged: Path, draft: Manifest, session: Session) -> None:
+def _check_prompts(checkpoint: Checkpoint, staged: Path, draft: Manifest, image: ImageSpec) -> None:
     """On the tokenizer just written, by the operations that the manifest lists."""
     tokenizer = load_tokenizer(staged / draft.tokenizer.file.path)
-    proof.prove(checkpoint, draft.prompt, tokenizer, session.prepare, draft.limits.images)
+    proof.prove(checkpoint, draft.prompt, tokenizer, lambda each: prepare(each, image), draft.limits.images)
 
 
 def _measure(

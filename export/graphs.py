@@ -6,62 +6,53 @@ Not here: quantization, files.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import torch
 
-from export import passes
+from export import fused, passes, vision_passes
 from export.checkpoint import Checkpoint
 from export.decoder import to_onnx, trace_decoder
 from export.families import Family
+from export.families.base import VisionPart
+from export.hybrid import HybridShape, trace_hybrid
 from runtime.errors import CheckpointError
 
 ROLES = ("vision_encoder", "embed_tokens", "decoder")
 """In the order of use."""
 
-_DIMENSIONS: dict[str, list[str | None]] = {
-    "inputs_embeds": ["batch_size", "sequence_length", None],
-    "attention_mask": ["batch_size", "total_sequence_length"],
-    "position_ids": ["batch_size", "sequence_length"],
-    "input_ids": ["batch_size", "sequence_length"],
-    "past_key_values.*": ["batch_size", None, "past_sequence_length", None],
-    "present.*": ["batch_size", None, "total_sequence_length", None],
-    "logits": ["batch_size", "kept_length", None],
-    "pixel_values": ["num_images", None, None, None],
-    "image_features": ["num_images", None, None],
-}
-
-
-_FILE_LIMIT = 2**31 - 1  # protobuf
-
-
-def _check_size(role: str, model: ir.Model) -> None:
-    """One part is one file; larger ones will need their weights beside the graph."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size > _FILE_LIMIT:
-        raise CheckpointError(
-            f"{role}: {size / 2**30:.1f} GiB in float32, an ONNX file holds 2 GiB; take a smaller student"
-        )
+_DIMENSIONS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("inputs_embeds", ("batch_size", "sequence_length", None)),
+    ("attention_mask", ("batch_size", "total_sequence_length")),
+    ("position_ids", ("batch_size", "sequence_length")),
+    ("position_ids", (None, "batch_size", "sequence_length")),
+    ("deepstack_embeds", (None, "batch_size", "sequence_length", None)),
+    ("input_ids", ("batch_size", "sequence_length")),
+    ("past_key_values.*", ("batch_size", None, "past_sequence_length", None)),
+    ("present.*", ("batch_size", None, "total_sequence_length", None)),
+    ("past_conv.*", ("batch_size", None, None)),
+    ("present_conv.*", ("batch_size", None, None)),
+    ("logits", ("batch_size", "kept_length", None)),
+    ("pixel_values", ("num_images", None, None, None)),
+    ("image_features", ("num_images", None, None)),
+)
+"""The first entry that fits a tensor's name and rank counts; None keeps a dimension."""
 
 
 def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     """Trace vision encoder, embedding and decoder in float32."""
     modules, shape = family.modules(checkpoint), family.decoder_shape(checkpoint)
-    vision = modules.vision
     ids = torch.zeros(2, 3, dtype=torch.long)
     auto = torch.export.Dim.DYNAMIC
+    tracer: Any = trace_hybrid if isinstance(shape, HybridShape) else trace_decoder
     try:
         models = {
-            "vision_encoder": to_onnx(
-                vision.module,
-                tuple(vision.example.values()),
-                list(vision.example),
-                list(vision.outputs),
-                vision.dynamic,
-            ),
+            "vision_encoder": _trace_vision(modules.vision),
             "embed_tokens": to_onnx(
                 modules.embed, (ids,), ["input_ids"], ["inputs_embeds"], ({0: auto, 1: auto},)
             ),
-            "decoder": trace_decoder(modules.text, modules.head, shape),
+            "decoder": tracer(modules.text, modules.head, shape),
         }
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
@@ -69,12 +60,22 @@ def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
             f"{checkpoint.path}: torch {torch.__version__} cannot trace it: {first}; "
             "the family in export/families/ does not fit this checkpoint"
         ) from error
-    passes.run(models["vision_encoder"], (passes.name_weights,))
+    passes.run(models["vision_encoder"], (*vision_passes.VISION_PASSES, *modules.vision.passes))
     passes.run(models["decoder"], passes.DECODER_PASSES)
+    names = (*modules.vision.dimensions.items(), *_DIMENSIONS)
     for model in models.values():
-        passes.name_dimensions(model, _DIMENSIONS)
+        passes.name_dimensions(model, names)
         passes.strip(model)
-    for role, model in models.items():
-        _check_size(role, model)
     # through the wire format: attributes get the precision that a file keeps, and nothing holds on to torch
     return {role: ir.from_proto(ir.to_proto(model)) for role, model in models.items()}
+
+
+def _trace_vision(vision: VisionPart) -> ir.Model:
+    with vision_passes.emitted_attention(vision.module), fused.emitting(), fused.rms_norms(vision.module):
+        return to_onnx(
+            vision.module,
+            tuple(vision.example.values()),
+            list(vision.example),
+            list(vision.outputs),
+            vision.dynamic,
+        )

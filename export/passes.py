@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -89,16 +89,16 @@ def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
     graph.register_initializer(value)
 
 
-def name_dimensions(model: ir.Model, names: dict[str, list[str | None]]) -> int:
+def name_dimensions(model: ir.Model, names: Sequence[tuple[str, Sequence[str | None]]]) -> int:
     """Give graph inputs and outputs the symbolic dimension names of the layout; None keeps a dimension.
 
-    Keys are patterns as in fnmatch.
+    `names`: patterns as in fnmatch with one entry a dimension; the first that fits name and rank counts.
     """
     changed = 0
     for value in [*model.graph.inputs, *model.graph.outputs]:
-        for pattern, dims in names.items():
-            if fnmatch.fnmatchcase(str(value.name), pattern) and value.shape is not None:
-                old = list(value.shape)
+        for pattern, dims in names:
+            old = list(value.shape) if value.shape is not None else []
+            if fnmatch.fnmatchcase(str(value.name), pattern) and len(old) == len(dims):
                 value.shape = ir.Shape([new if new is not None else old[i] for i, new in enumerate(dims)])
                 changed += 1
                 break
@@ -144,10 +144,11 @@ def _before_reshapes(value: ir.Value | None) -> ir.Value | None:
 def fold_reshapes(model: ir.Model) -> int:
     """Drop the (B, S, H*D) -> (B, S, H, D) -> (B, S, H*D) round trips around each attention node."""
     changed = 0
+    places = {"GroupQueryAttention": 3, "MultiHeadAttention": 3, "RotaryEmbedding": 1}
     for node in list(model.graph):
-        if node.op_type != "GroupQueryAttention":
+        if node.op_type not in places:
             continue
-        for index in range(3):
+        for index in range(places[node.op_type]):
             direct = _before_reshapes(node.inputs[index])
             if direct is not node.inputs[index]:
                 node.replace_input_with(index, direct)
@@ -173,76 +174,103 @@ def _projection(value: ir.Value | None) -> tuple[ir.Node, ir.Node | None] | None
     return matmul, bias
 
 
+def _packable(parts: list[tuple[ir.Node, ir.Node | None]]) -> bool:
+    """Whether the projections have one input, and all of them a bias or none."""
+    same_input = len({id(matmul.inputs[0]) for matmul, _ in parts}) == 1
+    return same_input and len({bias is None for _, bias in parts}) == 1
+
+
+def _pack(
+    graph: ir.Graph, parts: list[tuple[ir.Node, ir.Node | None]], name: str, like: ir.Value
+) -> tuple[list[ir.Node], ir.Value]:
+    """New nodes (a MatMul, and an Add for biases) for projections side by side, and their output."""
+    weight = np.concatenate([weight_of(matmul) for matmul, _ in parts], axis=1)
+    source = parts[0][0].inputs[0]
+    new = [_node("MatMul", [source, add_initializer(graph, f"{name}.weight", weight)], name, like)]
+    biases = [weight_of(bias) for _, bias in parts if bias is not None]
+    if biases:
+        value = add_initializer(graph, f"{name}.bias", np.concatenate(biases))
+        new.append(_node("Add", [new[0].outputs[0], value], f"{name}.add", like))
+    return new, new[-1].outputs[0]
+
+
+def _split(
+    graph: ir.Graph, parts: list[tuple[ir.Node, ir.Node | None]], name: str, packed: ir.Value
+) -> ir.Node:
+    """A Split whose outputs take the place of the projections' own."""
+    widths = np.array([weight_of(matmul).shape[1] for matmul, _ in parts], np.int64)
+    sizes = add_initializer(graph, f"{name}.sizes", widths)
+    split = _node(
+        "Split", [packed, sizes], f"{name}.split", packed, attributes={"axis": -1}, num_outputs=len(parts)
+    )
+    for (matmul, bias), output in zip(parts, split.outputs, strict=True):
+        (bias or matmul).outputs[0].replace_all_uses_with(output)
+    return split
+
+
+def _before_rotation(value: ir.Value | None) -> ir.Value | None:
+    """What a query or key was before its per-head norm and rotary embedding."""
+    while (node := value.producer() if value is not None else None) is not None:
+        if node.op_type not in ("RotaryEmbedding", "SimplifiedLayerNormalization", "Reshape"):
+            break
+        value = node.inputs[0]
+    return value
+
+
 def pack_qkv(model: ir.Model) -> int:
-    """One MatMul (and one bias) for query, key and value, which the attention node takes packed."""
+    """One MatMul (and one bias) for query, key and value.
+
+    The attention node takes them packed; where a norm or a rotary embedding stands between, a Split follows.
+    """
     graph, packed = model.graph, 0
     for node in list(graph):
         if node.op_type != "GroupQueryAttention":
             continue
-        parts = [found for x in node.inputs[:3] if (found := _projection(x)) is not None]
-        if len(parts) != 3 or len({id(m.inputs[0]) for m, _ in parts}) != 1:
+        direct = [found for x in node.inputs[:3] if (found := _projection(x)) is not None]
+        parts = [found for x in node.inputs[:3] if (found := _projection(_before_rotation(x))) is not None]
+        if len(parts) != 3 or not _packable(parts):
             continue
-        if len({bias is None for _, bias in parts}) != 1:
-            continue
-        first = parts[0][0]
+        first, like = parts[0][0], node.inputs[0]
         name = (first.name or f"attention.{packed}.q_proj").replace("q_proj", "qkv_proj")
-        weight = np.concatenate([weight_of(m) for m, _ in parts], axis=1)
-        like = node.inputs[0]
         assert like is not None
-        matmul = _node(
-            "MatMul", [first.inputs[0], add_initializer(graph, f"{name}.weight", weight)], name, like
-        )
-        new, out = [matmul], matmul.outputs[0]
-        biases = [weight_of(bias) for _, bias in parts if bias is not None]
-        if biases:
-            bias_value = add_initializer(graph, f"{name}.bias", np.concatenate(biases))
-            new.append(_node("Add", [out, bias_value], f"{name}.add", like))
-            out = new[-1].outputs[0]
+        new, out = _pack(graph, parts, name, like)
+        if len(direct) == 3:
+            node.replace_input_with(0, out)
+            node.replace_input_with(1, None)
+            node.replace_input_with(2, None)
+        else:
+            new.append(_split(graph, parts, name, out))
         graph.insert_before(first, new)
-        node.replace_input_with(0, out)
-        node.replace_input_with(1, None)
-        node.replace_input_with(2, None)
         packed += 1
     common.RemoveUnusedNodesPass()(model)
     return packed
 
 
 def pack_gate_up(model: ir.Model) -> int:
-    """One MatMul for the gate and up projections of a SiLU-gated MLP, then a Split."""
+    """One MatMul (and one bias) for the gate and up projections of a SiLU-gated MLP, then a Split."""
     graph, packed = model.graph, 0
     for node in list(graph):
-        gate = producer(node.inputs[0], "MatMul") if node.op_type == "Sigmoid" else None
-        up = _gated_partner(node, gate) if gate is not None else None
-        if gate is None or up is None:
+        gate = _projection(node.inputs[0]) if node.op_type == "Sigmoid" else None
+        up = _gated_partner(node) if gate is not None else None
+        if gate is None or up is None or not _packable([gate, up]):
             continue
-        if any(constant(each.inputs[1]) is None for each in (gate, up)) or up.inputs[0] is not gate.inputs[0]:
-            continue
-        weights = [weight_of(gate), weight_of(up)]
-        name = (gate.name or f"mlp.{packed}.gate_proj").replace("gate_proj", "gate_up_proj")
-        weight = add_initializer(graph, f"{name}.weight", np.concatenate(weights, axis=1))
-        sizes = add_initializer(graph, f"{name}.sizes", np.array([w.shape[1] for w in weights], np.int64))
-        like = gate.outputs[0]
-        matmul = _node("MatMul", [gate.inputs[0], weight], name, like)
-        split = _node(
-            "Split", [matmul.outputs[0], sizes], f"{name}.split", like, attributes={"axis": -1}, num_outputs=2
-        )
-        graph.insert_before(gate, [matmul, split])
-        gate.outputs[0].replace_all_uses_with(split.outputs[0])
-        up.outputs[0].replace_all_uses_with(split.outputs[1])
+        name = (gate[0].name or f"mlp.{packed}.gate_proj").rpartition(".")[0] + ".gate_up_proj"
+        new, out = _pack(graph, [gate, up], name, gate[0].outputs[0])
+        graph.insert_before(gate[0], [*new, _split(graph, [gate, up], name, out)])
         packed += 1
     common.RemoveUnusedNodesPass()(model)
     return packed
 
 
-def _gated_partner(sigmoid: ir.Node, gate: ir.Node) -> ir.Node | None:
+def _gated_partner(sigmoid: ir.Node) -> tuple[ir.Node, ir.Node | None] | None:
     """The up projection in `gate * sigmoid(gate) * up`, whatever the order of the factors."""
     for user, _ in sigmoid.outputs[0].uses():
-        if user.op_type != "Mul" or gate.outputs[0] not in user.inputs:
+        if user.op_type != "Mul" or sigmoid.inputs[0] not in user.inputs:
             continue
         for last, _ in user.outputs[0].uses():
             others = [x for x in last.inputs if x is not user.outputs[0]]
             if last.op_type == "Mul" and len(others) == 1:
-                return producer(others[0], "MatMul")
+                return _projection(others[0])
     return None
 
 
