@@ -13,6 +13,7 @@ from export.checkpoint import Checkpoint
 from export.families.base import Family, Modules
 from export.families.internvl import INTERNVL
 from export.families.lfm2_vl import LFM2_VL
+from export.families.qwen_vl import QWEN_VL
 from export.families.smolvlm import SMOLVLM
 from runtime.errors import CheckpointError
 
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     SMOLVLM,
     INTERNVL,
     LFM2_VL,
+    QWEN_VL,
 )
 
 
