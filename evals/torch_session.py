@@ -129,6 +129,9 @@ class TorchSession:
             more.pop("pixel_values", None)
         more.pop("attention_mask", None)
         self._cache, self._length = None, 0
+        for module in self.model.modules():
+            if hasattr(module, "rope_deltas"):  # of the last picture; a prompt without one would decode by it
+                module.rope_deltas = None
         return self._step([int(i) for i in ids], more)
 
     def decode(self, token_id: int) -> Floats:
@@ -224,7 +227,10 @@ class TorchSession:
             raise InputError(f"the checkpoint's processor refuses it: {error}") from error
 
     def _step(self, ids: Sequence[int], more: dict[str, Any]) -> Floats:
-        """Run further ids (S,), with more inputs of the model's forward; logits (vocab,) of the last one."""
+        """Run further ids (S,), with more inputs of the model's forward; logits (vocab,) of the last one.
+
+        Without a mask: nothing is padded, and models with positions of their own would count from it.
+        """
         import torch
 
         total = self._length + len(ids)
@@ -232,7 +238,6 @@ class TorchSession:
             out = self.model(
                 **more,
                 input_ids=torch.tensor([list(ids)]),
-                attention_mask=torch.ones(1, total, dtype=torch.long),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -291,24 +296,26 @@ def _flat(features: Any) -> Any:
 
 def _joined(images: Sequence[ImageFeatures]) -> Any:
     """What the model made of several pictures, as if it had been one call."""
-    import torch
-
     outputs = [each.output for each in images if isinstance(each, TorchFeatures)]
     if len(outputs) != len(images):
         raise InputError("prefill: takes what this session's encode_image gave")
     if len(outputs) == 1:
         return outputs[0]
     joined = copy.copy(outputs[0])
-    pooled = [each.pooler_output for each in outputs]
-    joined.pooler_output = (
-        torch.cat(pooled) if isinstance(pooled[0], torch.Tensor) else [x for each in pooled for x in each]
-    )
+    joined.pooler_output = _side_by_side([each.pooler_output for each in outputs])
     if getattr(joined, "deepstack_features", None):
-        joined.deepstack_features = [
-            torch.cat([_flat(level) for level in levels])
-            for levels in zip(*(each.deepstack_features for each in outputs), strict=True)
-        ]
+        levels = zip(*(each.deepstack_features for each in outputs), strict=True)
+        joined.deepstack_features = [_side_by_side(level) for level in levels]
     return joined
+
+
+def _side_by_side(pictures: Sequence[Any]) -> Any:
+    """Features of several pictures: tensors as one, lists (an entry a picture) as one list."""
+    import torch
+
+    if isinstance(pictures[0], torch.Tensor):
+        return torch.cat(list(pictures))
+    return [piece for picture in pictures for piece in picture]
 
 
 def _load(path: Path) -> tuple[Any, Any]:
