@@ -58,6 +58,7 @@ Progress = Callable[[str], None]
 _FILES = {
     "vision_encoder": "vision_encoder",
     "embed_tokens": "embed_tokens",
+    "decoder_prefill": "decoder_prefill",
     "decoder": "decoder_model_merged",
 }
 _COPIED = ("config.json", "generation_config.json")
@@ -183,7 +184,7 @@ def prepare(
     )
     say("tracing the parts")
     if plan.static:
-        graphs = static.trace_all(checkpoint, family, image, StaticSizes(context, plan.chunk))
+        graphs = static.trace_all(checkpoint, family, image, StaticSizes(context, plan.chunk, plan.masked))
     else:
         graphs = trace_all(checkpoint, family)
     return Facts(
@@ -214,7 +215,10 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
         facts.say(f"{precision}: calibrating on {len(facts.examples or facts.cases)} prompts")
         calibration = calibration_of(facts, scratch)
     facts.say(f"{precision}: writing parts")
-    graphs = {role: quantize(facts.graphs[role], role, policy.rules, calibration) for role in ROLES}
+    floats = {role: facts.graphs[role] for role in ROLES}
+    if policy.prefill:  # before the decoder, whose inputs and outputs are the contract's
+        floats = {**floats, "decoder_prefill": facts.graphs["decoder"], "decoder": floats.pop("decoder")}
+    graphs = {role: quantize(model, role, policy.rules, calibration) for role, model in floats.items()}
     write_files(facts, staged, graphs)
     draft = draft_manifest(facts, staged, precision, name)
     facts.say(f"{precision}: parity gate")
@@ -222,7 +226,7 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
         parity = _check_float(facts, staged, draft)
     else:
         parity = gate.check_quantized(
-            facts.graphs, staged, draft, facts.reference, facts.cases, scratch, calibration
+            floats, staged, draft, facts.reference, facts.cases, scratch, calibration
         )
     facts.say(f"{precision}: conformance vectors")
     vectors = _write_conformance(facts, staged, draft, _LOGIT_SPREAD if exact else _ROUNDED_SPREAD)
@@ -269,7 +273,8 @@ def write_companions(facts: Facts, staged: Path) -> None:
 
 
 def _part_path(role: str, model: ir.Model) -> str:
-    return f"onnx/{_FILES[role]}{suffix(model)}.onnx"
+    """The layout has no second decoder for prompts, so no suffix for it either."""
+    return f"onnx/{_FILES[role]}{'' if role == 'decoder_prefill' else suffix(model)}.onnx"
 
 
 def _write_conformance(facts: Facts, staged: Path, draft: Manifest, spread: float) -> FileRef:
@@ -314,7 +319,7 @@ def draft_manifest(
     positions, attention = facts.family.positions(facts.checkpoint), CausalAttention()
     deepstack = facts.family.deepstack(facts.checkpoint)
     if parts is None:
-        parts = tuple(_part(staged, role) for role in ROLES)
+        parts = tuple(_part(staged, role) for role in _FILES if role in ROLES or _written(staged, role))
     used = (*image.operations, image.tokens, merge, deepstack, positions, attention, fixed)
     return Manifest(
         name=name,
@@ -352,9 +357,13 @@ def draft_manifest(
     )
 
 
+def _written(staged: Path, role: str) -> list[Path]:
+    return sorted((staged / "onnx").glob(f"{_FILES[role]}*.onnx"))
+
+
 def _part(staged: Path, role: str) -> Part:
     """Facts read back from the written file, not from what was meant to be written."""
-    path = sorted((staged / "onnx").glob(f"{_FILES[role]}*.onnx"))[0]
+    path = _written(staged, role)[0]
     return part_of(staged, role, path, storage.data_files(path))
 
 

@@ -1,11 +1,12 @@
 """The four float32 graphs of fixed shapes and standard operators (flavour `portable-static`).
 
-In: a checkpoint, its family, an image section whose views all have one shape, sizes. Out: `onnx_ir` models by role.
+In: a checkpoint, its family, an image section whose views have one shape, sizes. Out: `onnx_ir` models by role.
 Not here: the decoder (`static_decoder.py`), rounding (`static_qdq.py`), files (`static_files.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
@@ -31,22 +32,19 @@ from runtime.manifest import StateTensor
 ROLES = ("vision_encoder", "embed_tokens", "decoder_prefill", "decoder")
 """In the order of use."""
 
-CHUNK = 128
-"""Tokens of a prefill run: a picture of 64 tokens and a question fit into one."""
-
 
 def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     """The section with every view of one shape: a resize to any size becomes one to a square of tokens.
 
-    Tiles have one shape already. A square of any-size models has as many tokens as `max_tokens` (the most that
-    the section allows, by default) leaves room for; the aspect of a picture is not kept. Raises InputError.
+    Tiles have one shape already. A square of any-size models has as many tokens as `max_tokens` (by default the
+    most that the section allows) leaves room for; the aspect of a picture is not kept. Raises InputError.
     """
     *before, last, normalise, layout = spec.operations
     if isinstance(layout, PatchifyPadded):
         raise InputError("portable-static: padded patches have no fixed grid here; use the flavour ort-fused")
     if isinstance(last, GridTiles) and isinstance(last.whole, SmartResize):
         raise InputError(
-            "portable-static: tiles and a whole view of any size differ in shape; export unsplit"
+            "portable-static: tiles and a whole view of any size differ in shape; add --no-split"
         )
     if not isinstance(last, SmartResize):
         return spec
@@ -117,7 +115,7 @@ def _vision(part: VisionPart, image: ImageSpec) -> ir.Model:
 
 
 def fold_constants(model: ir.Model) -> None:
-    """Compute what depends on constants alone (position tables of the one grid), and drop what then is unused."""
+    """Compute what depends on constants alone (positions of the one grid), and drop what then is unused."""
     from onnxscript import optimizer
 
     optimizer.fold_constants(model, input_size_limit=2**40, output_size_limit=2**40)
@@ -128,18 +126,26 @@ def fold_constants(model: ir.Model) -> None:
 
 
 def check_static(model: ir.Model, where: str) -> None:
-    """Raises CheckpointError for an operator outside of the standard set, or a dimension that is no number."""
+    """Raises CheckpointError for an operator outside the standard set, or a dimension that is no number."""
     for node in model.graph:
         if node.domain not in ("", "ai.onnx"):
             raise CheckpointError(f"{where}: {node.domain}::{node.op_type} is no standard operator")
-    values = [
-        *model.graph.inputs,
-        *model.graph.outputs,
-        *(out for node in model.graph for out in node.outputs),
-    ]
-    for value in values:
+    inner = [out for node in model.graph for out in node.outputs]
+    for value in [*model.graph.inputs, *model.graph.outputs, *inner]:
         if value.shape is None or not all(isinstance(size, int) for size in value.shape):
             raise CheckpointError(f"{where}: {value.name} has the shape {value.shape}, wanted numbers alone")
+
+
+def remasked(graphs: Mapping[str, ir.Model], old: float, new: float) -> dict[str, ir.Model]:
+    """Copies whose constant masks say `new` where these say `old`; nothing else changes."""
+    found = {}
+    for role, model in graphs.items():
+        found[role] = ir.from_proto(ir.to_proto(model))
+        for value in found[role].graph.initializers.values():
+            array = passes.constant(value)
+            if array is not None and array.dtype == np.float32 and array.size and set(np.unique(array)) == {old, 0.0}:
+                value.const_value = ir.tensor(np.where(array == old, np.float32(new), array), name=value.name)
+    return found
 
 
 def states(decoder_inputs: Any) -> tuple[StateTensor, ...]:

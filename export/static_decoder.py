@@ -35,6 +35,7 @@ from export.decoder import (
     _PassThroughCache,
     to_onnx,
 )
+from export.targets import MASKED
 from runtime.errors import CheckpointError
 
 _KEY = "pocketvlm_static"
@@ -47,7 +48,7 @@ class StaticSizes:
 
     context: int
     chunk: int
-    masked: float = -1e4
+    masked: float = MASKED
 
 
 @dataclass

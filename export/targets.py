@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime.errors import InputError
@@ -23,6 +23,9 @@ MAX_IMAGES = 4
 
 CHUNK = 128
 """Tokens of a prefill run of fixed shape: a picture of 64 tokens and a question fit into one."""
+
+MASKED = -1e4
+"""Added to the score of a token that must not be seen: float16 holds it, and its exponential is 0."""
 
 STATIC_PRECISIONS = ("fp32", "fp16", "qdq-int8", "qdq-a16w8")
 """Precisions of the flavour portable-static; those of ort-fused are in `quantize_policy.py`."""
@@ -94,7 +97,7 @@ TARGETS: tuple[Target, ...] = (
 class Plan:
     """What one export makes, beside its precision. None: as the model has it.
 
-    `max_context`, `max_image_tokens` (of one picture) and `max_images` are ceilings. `chunk` is for
+    `max_context`, `max_image_tokens` (of one picture) and `max_images` are ceilings. `chunk` and `masked` are for
     portable-static.
     """
 
@@ -106,7 +109,7 @@ class Plan:
     max_images: int = MAX_IMAGES
     split_images: bool = True
     chunk: int = CHUNK
-    notes: tuple[str, ...] = field(default=())
+    masked: float = MASKED
 
     @property
     def static(self) -> bool:
