@@ -77,8 +77,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{config_path}: has no model_type; expected a transformers configuration")
     if "auto_map" in config:
         raise CheckpointError(
-            f"{config_path}: auto_map asks for code shipped with the checkpoint, which is never run; "
-            "use a checkpoint of an architecture inside transformers"
+            f"{config_path}: auto_map asks for code shipped with the checkpoint, which is never run; take "
+            f"the same model for transformers itself, often published as {path.resolve().name}-hf or -HF"
         )
     _check_weights(path)
     return config
