@@ -93,11 +93,16 @@ def _turn(
 
 
 def picture_ids(spec: ImageTokens, image: PreparedImage) -> list[int]:
-    """Ids that stand for one picture."""
+    """Ids that stand for one picture. Raises BundleError when the prompt names fewer tiles than it has."""
     rows, columns = image.tiles
     if spec.tiled is None or not rows * columns:
         return [*spec.before, *[spec.token] * image.tokens, *spec.after]
     tiled, counts = spec.tiled, [view.tokens for view in image.views]
+    if rows > len(tiled.cells) or columns > min(map(len, tiled.cells)):
+        raise BundleError(
+            f"manifest.json: prompt.image.tiled has no ids for {rows} x {columns} tiles, which "
+            "image.operations make; re-export"
+        )
     ids = list(tiled.before)
     for row in range(rows):
         ids += tiled.row_end if row else ()
