@@ -47,6 +47,20 @@ class _Rope:
     rows: torch.Tensor
 
 
+class _Patches(nn.Module):
+    """The patch convolution, whose kernel is a whole patch, as the product that it is."""
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self.bias = convolution.bias
+        self.weight: torch.Tensor
+        self.register_buffer("weight", convolution.weight.flatten(1), persistent=False)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(1, N, C * T * P * P) -> (1, N, width)."""
+        return nn.functional.linear(patches, self.weight, self.bias)
+
+
 class QwenVision(nn.Module):
     """Qwen2-VL, Qwen2.5-VL (windows) and Qwen3-VL (learned positions, deepstack), by what `visual` has."""
 
@@ -61,7 +75,7 @@ class QwenVision(nn.Module):
         full = getattr(config, "fullatt_block_indexes", ()) if self.window else range(len(visual.blocks))
         self.windowed = tuple(index not in full for index in range(len(visual.blocks)))
         side, merge = max(self.window, 1), self.merge
-        self.register_buffer("weight", visual.patch_embed.proj.weight.flatten(1), persistent=False)
+        self.patch_embed = _Patches(visual.patch_embed.proj)
         # (S,) of each slot of a window: its token's row and column in the window, its place in the token
         token = torch.arange(side * side * merge * merge) // (merge * merge)
         place = torch.arange(side * side * merge * merge) % (merge * merge)
@@ -74,10 +88,9 @@ class QwenVision(nn.Module):
         height, width = image_grid_thw[0, 1], image_grid_thw[0, 2]
         patches = torch.arange(pixel_values.shape[0])
         row, column = self._coordinates(patches, width)
-        hidden = nn.functional.linear(pixel_values, self.weight, self.visual.patch_embed.proj.bias)
+        hidden = self.patch_embed(pixel_values[None])
         if hasattr(self.visual, "pos_embed"):
             hidden = hidden + self._positions(row, column, height, width)
-        hidden = hidden[None]
         windows = self._windows(patches, height, width) if any(self.windowed) else None
         if windows is None:
             rope = _Rope(*self._waves(row, column), patches[None])
@@ -134,7 +147,7 @@ class QwenVision(nn.Module):
 
     def _waves(self, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (rows, D / 2) by the model's rotary module, whose second half repeats the first."""
-        cos, sin = self.visual.rotary_pos_emb(self.weight, torch.stack((row, column), dim=-1))
+        cos, sin = self.visual.rotary_pos_emb(row, torch.stack((row, column), dim=-1))
         half = cos.shape[-1] // 2
         return cos[:, :half], sin[:, :half]
 

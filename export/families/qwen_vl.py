@@ -84,7 +84,7 @@ class QwenVl(Family):
             vision=VisionPart(
                 vision,
                 {
-                    "pixel_values": torch.zeros(rows * columns, vision.weight.shape[1]),
+                    "pixel_values": torch.zeros(rows * columns, vision.patch_embed.weight.shape[1]),
                     "image_grid_thw": torch.tensor([[1, rows, columns]]),
                 },
                 ({0: vision.merge**2 * tokens}, {}),
