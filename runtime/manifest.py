@@ -10,6 +10,7 @@ prints the JSON Schema that is published as `docs/bundle.schema.json`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
@@ -64,6 +65,17 @@ class CausalAttention(Contract):
     op: Literal["attention.causal@1"] = "attention.causal@1"
 
 
+_ITEM_BYTES: dict[str, int] = {
+    "float32": 4,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
 class StateTensor(Contract):
     """One tensor that the decoder hands from step to step.
 
@@ -90,6 +102,17 @@ class StateTensor(Contract):
         if self.sequence_axis is not None and self.sequence_axis >= len(self.shape):
             raise ValueError(f"sequence_axis {self.sequence_axis} is outside of shape {list(self.shape)}")
         return self
+
+    def sizes(self, length: int, rows: int = 1) -> list[int]:
+        """The shape for so many sequences of `length` tokens; the other named dimensions are the rows."""
+        sizes = [size if isinstance(size, int) else rows for size in self.shape]
+        if self.sequence_axis is not None:
+            sizes[self.sequence_axis] = length
+        return sizes
+
+    def bytes(self, length: int, rows: int = 1) -> int:
+        """What it takes then."""
+        return math.prod(self.sizes(length, rows)) * _ITEM_BYTES[self.dtype]
 
 
 Positions = Annotated[Positions1d | PositionsMrope, Field(discriminator="op")]
@@ -295,10 +318,12 @@ class Manifest(Contract):
         return next((part for part in self.parts if part.role == role), None)
 
     def files(self) -> Iterator[FileRef | Part]:
-        """Everything with a hash, parts first, each with its data files."""
+        """Everything with a hash, parts first, each with its data files; one that parts share comes once."""
+        seen: set[str] = set()
         for part in self.parts:
             yield part
-            yield from part.data
+            yield from (file for file in part.data if file.path not in seen)
+            seen |= {file.path for file in part.data}
         yield self.tokenizer.file
         yield self.conformance
 

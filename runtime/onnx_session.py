@@ -1,10 +1,11 @@
 """Runs a bundle's ONNX parts with onnxruntime.
 
 In: a bundle directory and its manifest. Out: a `Backend` (`runtime/session.py`).
-Not here: pictures, text, sampling.
+Not here: pictures, text, sampling; the decoder's state (`runtime/onnx_state.py`); graphs of fixed shapes
+(`runtime/static_session.py`).
 
-Batch 1. Which tensors exist, their types and shapes come from the manifest; the graphs are checked against it
-when they are opened.
+Which tensors exist, their types and shapes come from the manifest; the graphs are checked against it when
+they are opened.
 """
 
 from __future__ import annotations
@@ -16,218 +17,172 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import bundle
-from runtime.errors import BundleError, MissingExtra
 from runtime.image import ImageFeatures, View, join_features
-from runtime.manifest import Manifest, Part, StateTensor
+from runtime.manifest import CausalAttention, Manifest
+from runtime.onnx_state import Decoder, step_inputs
+from runtime.providers import PartOpener, ProviderReport, RunSettings
 
 Floats = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
 
-ORT_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(int8)": "int8",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
-}
-GROWTH = 256  # tokens of room beyond the prompt; a full buffer doubles
-STEP_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep")
-
 
 class OnnxBackend:
-    """The three parts of a bundle in onnxruntime, and the state of one sequence."""
+    """The parts of a bundle in onnxruntime, and the state of one sequence of at most `context` tokens."""
 
-    def __init__(self, directory: Path, manifest: Manifest, *, threads: int, spin: bool) -> None:
-        ort = _import_onnxruntime()
-        options = _session_options(ort, threads, spin)
-        self._manifest = manifest
-        self._vision = _open_part(ort, directory, manifest.part("vision_encoder"), options)
-        self._embed = _open_part(ort, directory, manifest.part("embed_tokens"), options)
-        self._decoder = _open_part(ort, directory, manifest.part("decoder"), options)
-        self._step_inputs = _step_inputs(manifest)
-        in_place = all(state.in_place for state in manifest.state)
-        self._state = (InPlaceState if in_place else HandedState)(ort, self._decoder, manifest.state)
-        self._length = 0
+    def __init__(self, directory: Path, manifest: Manifest, settings: RunSettings, context: int) -> None:
+        opener = PartOpener(settings)
+        step_inputs(manifest)  # refused before the parts are loaded
+        self._ort, self._manifest, self._context = opener.ort, manifest, context
+        runs: dict[str, Any] = {part.role: opener.open(directory, part) for part in manifest.parts}
+        self._vision, self._embed = runs.pop("vision_encoder"), runs.pop("embed_tokens")
+        self._runs, self._device = runs, opener.device(runs["decoder"])
+        self.providers: tuple[ProviderReport, ...] = opener.reports()
+        self._decoder = Decoder(self._ort, self._runs, manifest, 1, context, self._device)
+        self._token = SingleTokens(self._ort, self._embed, manifest, self._decoder)
+        self.rewindable = self._decoder.rewindable
+
+    @property
+    def state_bytes(self) -> int:
+        """What the state takes when it is full; a state of fixed shape is there twice."""
+        return state_bytes(self._manifest, self._context)
+
+    @property
+    def no_rows(self) -> str:
+        """Why several sequences cannot run side by side; empty when they can."""
+        if not isinstance(self._manifest.attention, CausalAttention):
+            return f"{self._manifest.attention.op} is not masked by rows"
+        odd = [state.input for state in self._manifest.state if state.padding_side != "right"]
+        return f"{odd[0]} takes no rows of unequal lengths" if odd else ""
 
     def encode_view(self, view: View) -> ImageFeatures:
         """What the vision part makes of one view."""
         part, deepstack = self._manifest.part("vision_encoder"), self._manifest.deepstack
-        inputs = {spec.name: view.inputs[spec.name] for spec in part.inputs}
+        inputs = {spec.name: view.inputs[spec.name].astype(spec.dtype, copy=False) for spec in part.inputs}
         names = ["image_features", *([deepstack.output] if deepstack else [])]
         features, *stack = (found.astype(np.float32, copy=False) for found in self._vision.run(names, inputs))
         features = features.reshape(-1, features.shape[-1])
         return ImageFeatures(features, (view.grid,), stack[0].reshape(-1, *features.shape) if stack else None)
 
-    def start(self, capacity: int) -> None:
-        """Forget the sequence; a new one of about `capacity` tokens begins."""
-        self._length = 0
-        self._state.start(capacity)
+    def rewind(self, length: int) -> int:
+        """Go back to `length` tokens or as near before as the state can; the length that is left."""
+        return self._decoder.rewind(length)
+
+    def mark(self) -> None:
+        """Make the present length one that `rewind` can go back to."""
+        self._decoder.mark()
 
     def extend(self, ids: TokenIds, positions: TokenIds, images: Sequence[ImageFeatures]) -> Floats:
         """Append ids (S,) at positions (rows, S); logits (vocab,) of the last."""
-        embeds = self._embeddings(ids)
-        step: dict[str, NDArray[Any]] = {}
-        is_image = ids == self._manifest.merge.token
-        if images:
-            embeds[0, is_image] = join_features(images).tokens
-        if deepstack := self._manifest.deepstack:
-            stack = np.zeros((deepstack.layers, *embeds.shape), dtype=embeds.dtype)
-            if images:
-                stack[:, 0, is_image] = join_features(images).deepstack
-            step[deepstack.input] = stack
-        return self._step(embeds, positions, step)
+        if len(ids) == 1 and not images:
+            logits = self._token.run(ids[:, None], positions[:, None])
+        else:
+            step = embedded(self._embed, self._manifest, [ids], [images])
+            step["position_ids"] = _positions(positions[:, None])
+            logits = self._decoder.extend(step)
+        return logits[0, -1].astype(np.float32)  # a copy: the next step may reuse the buffer
+
+    def rows(self, rows: int, capacity: int) -> Rows:
+        """A state of its own for so many sequences side by side."""
+        decoder = Decoder(self._ort, self._runs, self._manifest, rows, capacity, self._device)
+        return Rows(self._ort, self._embed, self._manifest, decoder)
 
     def close(self) -> None:
         """Free the models and the state."""
-        del self._vision, self._embed, self._decoder, self._state
-
-    def _embeddings(self, ids: TokenIds) -> NDArray[Any]:
-        """Embeddings (1, S, hidden) of ids (S,)."""
-        part = self._manifest.part("embed_tokens")
-        return self._embed.run([part.outputs[0].name], {part.inputs[0].name: ids[None]})[0]
-
-    def _step(self, embeds: NDArray[Any], positions: TokenIds, more: dict[str, NDArray[Any]]) -> Floats:
-        """Run the decoder on further embeddings (1, S, hidden); logits (vocab,) of the last one."""
-        total = self._length + embeds.shape[1]
-        step = {
-            "inputs_embeds": embeds,
-            "attention_mask": np.ones((1, total), dtype=np.int64),
-            # (batch, S), or (3, batch, S) with M-RoPE
-            "position_ids": positions if len(positions) == 1 else positions[:, None],
-            "num_logits_to_keep": np.array(1, dtype=np.int64),
-            **more,
-        }
-        logits = self._state.run({name: step[name] for name in self._step_inputs}, total)
-        self._length = total
-        return logits[0, -1].astype(np.float32)  # a copy: the next step may reuse the buffer
+        del self._vision, self._embed, self._decoder, self._token, self._runs
 
 
-class HandedState:
-    """The state as the layout has it: each step's output is the next step's input."""
+class SingleTokens:
+    """Steps of one token a row over buffers that are bound once: ids to embeddings to the decoder."""
 
-    def __init__(self, ort: Any, decoder: Any, states: Sequence[StateTensor]) -> None:
-        self._ort, self._decoder, self._states = ort, decoder, states
-        self._values: dict[str, Any] = {}
+    def __init__(self, ort: Any, embed: Any, manifest: Manifest, decoder: Decoder) -> None:
+        part = manifest.part("embed_tokens")
+        source, found = part.inputs[0], part.outputs[0]
+        self._embed, self._decoder = embed, decoder
+        self._ids = np.zeros((decoder.rows, 1), dtype=source.dtype)
+        target = decoder.buffers["inputs_embeds"]
+        self._embeds = target if found.dtype == target.dtype else np.zeros_like(target, dtype=found.dtype)
+        self._binding = embed.io_binding()
+        self._binding.bind_ortvalue_input(source.name, ort.OrtValue.ortvalue_from_numpy(self._ids))
+        self._binding.bind_ortvalue_output(found.name, ort.OrtValue.ortvalue_from_numpy(self._embeds))
 
-    def start(self, _: int) -> None:
-        """Empty state for a new sequence."""
-        empty = {state.input: np.zeros(_shape(state, 0), dtype=state.dtype) for state in self._states}
-        self._values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
-
-    def run(self, step: dict[str, NDArray[Any]], _: int) -> NDArray[Any]:
-        """Logits (1, kept, vocab) of one step."""
-        feeds = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in step.items()}
-        names = ["logits", *(state.output for state in self._states)]
-        outputs = self._decoder.run_with_ort_values(names, {**feeds, **self._values})
-        for state, value in zip(self._states, outputs[1:], strict=True):
-            self._values[state.input] = value
-        return outputs[0].numpy()
-
-
-class InPlaceState:
-    """The state in one buffer per tensor, extended where it lies: no step copies the past."""
-
-    def __init__(self, ort: Any, decoder: Any, states: Sequence[StateTensor]) -> None:
-        self._ort, self._decoder, self._states = ort, decoder, states
-        self._buffers: list[NDArray[Any]] = []
-        self._binding: Any = None
-        self._capacity = 0
-
-    def start(self, prompt_tokens: int) -> None:
-        """Buffers for a new sequence; those of the last one are kept when they are long enough."""
-        if self._capacity < prompt_tokens + 1:
-            self._buffers = []
-            self._allocate(prompt_tokens + GROWTH)
-
-    def run(self, step: dict[str, NDArray[Any]], total: int) -> NDArray[Any]:
-        """Logits (1, kept, vocab) of one step, after which the sequence has `total` tokens."""
-        if total > self._capacity:
-            self._allocate(2 * self._capacity)
-        self._binding.bind_output("logits", "cpu")
-        for name, array in step.items():
-            self._binding.bind_cpu_input(name, array)
-        self._decoder.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[0].numpy()
-
-    def _allocate(self, capacity: int) -> None:
-        """Buffers of `capacity` tokens that begin with what the old ones hold."""
-        old, self._buffers = self._buffers, []
-        self._binding = self._decoder.io_binding()
-        self._binding.bind_output("logits", "cpu")  # first, so that it is the first output
-        for i, state in enumerate(self._states):
-            buffer = np.zeros(_shape(state, capacity), dtype=state.dtype)
-            if old:
-                assert state.sequence_axis is not None  # only such a state is in place
-                filled = (slice(None),) * state.sequence_axis + (slice(self._capacity),)
-                buffer[filled] = old[i]
-            value = self._ort.OrtValue.ortvalue_from_numpy(buffer)  # shares the buffer's memory
-            self._binding.bind_ortvalue_input(state.input, value)
-            self._binding.bind_ortvalue_output(state.output, value)
-            self._buffers.append(buffer)
-        self._capacity = capacity
+    def run(self, ids: TokenIds, positions: TokenIds, mask: NDArray[Any] | None = None) -> NDArray[Any]:
+        """ids (rows, 1) at positions (1 or 3, rows, 1); logits (rows, 1, vocab), valid until the next run."""
+        self._ids[...] = ids
+        self._embed.run_with_iobinding(self._binding)
+        if self._embeds is not self._decoder.buffers["inputs_embeds"]:
+            self._decoder.buffers["inputs_embeds"][...] = self._embeds
+        if "position_ids" in self._decoder.buffers:
+            self._decoder.buffers["position_ids"][...] = _positions(positions)
+        return self._decoder.step(mask)
 
 
-def _shape(state: StateTensor, length: int) -> list[int]:
-    """The state's shape for batch 1 and a sequence of `length`."""
-    sizes = [size if isinstance(size, int) else 1 for size in state.shape]
-    if state.sequence_axis is not None:
-        sizes[state.sequence_axis] = length
-    return sizes
+class Rows:
+    """Several sequences side by side: padded on the right to begin with, then a token each."""
+
+    def __init__(self, ort: Any, embed: Any, manifest: Manifest, decoder: Decoder) -> None:
+        self._embed, self._manifest, self._decoder = embed, manifest, decoder
+        self._token = SingleTokens(ort, embed, manifest, decoder)
+        self._lengths = np.zeros(decoder.rows, dtype=np.int64)
+
+    def prefill(
+        self,
+        ids: Sequence[TokenIds],
+        positions: Sequence[TokenIds],
+        images: Sequence[Sequence[ImageFeatures]],
+    ) -> None:
+        """Fill empty rows with ids (S_row,) at positions (1 or 3, S_row), S_row at least 1. No logits."""
+        self._lengths[:] = [len(row) for row in ids]
+        longest = int(self._lengths.max())
+        step = embedded(self._embed, self._manifest, ids, images)
+        padded = [np.pad(row, ((0, 0), (0, longest - row.shape[1]))) for row in positions]
+        step["position_ids"] = _positions(np.stack(padded, axis=1))
+        self._decoder.extend(step, self._mask(longest))
+
+    def step(
+        self, tokens: NDArray[np.int64], positions: TokenIds, live: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Append tokens (rows,) at positions (1 or 3, rows) where `live` (rows,); logits (rows, vocab).
+
+        What a row that is not live gets is overwritten by its next token.
+        """
+        self._lengths[~live] = np.minimum(self._lengths[~live], self._decoder.capacity - 1)
+        self._lengths += 1
+        mask = self._mask(int(self._lengths.max()))
+        logits = self._token.run(tokens[:, None], positions[..., None], mask)
+        self._lengths -= ~live
+        return logits[:, -1].astype(np.float32)
+
+    def _mask(self, width: int) -> NDArray[np.bool_]:
+        return np.arange(width) < self._lengths[:, None]
 
 
-def _import_onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", "onnx") from error
-    return onnxruntime
-
-
-def _session_options(ort: Any, threads: int, spin: bool) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only; they are raised as well
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    return options
-
-
-def _open_part(ort: Any, directory: Path, part: Part, options: Any) -> Any:
-    """An InferenceSession of one part whose inputs and outputs are those of the manifest."""
-    path = bundle.locate(directory, part.path)
-    where = f"{directory.name}/{part.path}"
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a class for each status
-        first_line = (str(error).splitlines() or [""])[0]
-        raise BundleError(
-            f"{where}: onnxruntime {ort.__version__} cannot open it ({first_line}); re-export"
-        ) from error
-    for kind, wanted, found in (
-        ("input", part.inputs, session.get_inputs()),
-        ("output", part.outputs, session.get_outputs()),
-    ):
-        manifest_types = {spec.name: spec.dtype for spec in wanted}
-        graph_types = {spec.name: ORT_TYPES.get(spec.type, spec.type) for spec in found}
-        if manifest_types != graph_types:
-            raise BundleError(
-                f"{where}: {kind}s are {graph_types}, the manifest says {manifest_types}; re-export"
-            )
-    return session
-
-
-def _step_inputs(manifest: Manifest) -> Sequence[str]:
-    """The decoder's inputs that are no state; one that nobody fills is refused."""
-    names = [spec.name for spec in manifest.part("decoder").inputs]
-    states = {state.input for state in manifest.state}
-    step = [name for name in names if name not in states]
-    known = {*STEP_INPUTS, *([manifest.deepstack.input] if manifest.deepstack else [])}
-    if unknown := [name for name in step if name not in known]:
-        raise BundleError(
-            f"decoder: has inputs {', '.join(unknown)}, which this runtime does not fill; "
-            "update pocketvlm or re-export"
-        )
+def embedded(
+    embed: Any, manifest: Manifest, ids: Sequence[TokenIds], images: Sequence[Sequence[ImageFeatures]]
+) -> dict[str, NDArray[Any]]:
+    """Embeddings (rows, S, hidden) of rows of ids, features in their places; deepstack if there is any."""
+    part, longest = manifest.part("embed_tokens"), max(map(len, ids))
+    padded = np.stack([np.pad(row, (0, longest - len(row))) for row in ids])
+    feeds = {part.inputs[0].name: padded.astype(part.inputs[0].dtype, copy=False)}
+    embeds = embed.run([part.outputs[0].name], feeds)[0]
+    step: dict[str, NDArray[Any]] = {"inputs_embeds": embeds}
+    deepstack = manifest.deepstack
+    if deepstack:
+        step[deepstack.input] = np.zeros((deepstack.layers, *embeds.shape), dtype=np.float32)
+    for row, (row_ids, row_images) in enumerate(zip(ids, images, strict=True)):
+        if row_images:
+            places = np.flatnonzero(row_ids == manifest.merge.token)
+            joined = join_features(row_images)
+            embeds[row, places] = joined.tokens
+            if deepstack:
+                step[deepstack.input][:, row, places] = joined.deepstack
     return step
+
+
+def state_bytes(manifest: Manifest, context: int, rows: int = 1) -> int:
+    """Bytes of the whole state for so many sequences of `context` tokens."""
+    return sum(state.bytes(context, rows) * (2 if state.kind == "conv" else 1) for state in manifest.state)
+
+
+def _positions(positions: TokenIds) -> TokenIds:
+    """(1 or 3, rows, S) as the graph takes it: (rows, S), or (3, rows, S) with M-RoPE."""
+    return positions[0] if len(positions) == 1 else positions

@@ -3,8 +3,8 @@
 In: a bundle directory and a manifest with `static`. Out: a `Backend` (`runtime/session.py`).
 Not here: pictures, text, sampling; graphs of moving shapes (`runtime/onnx_session.py`).
 
-A run sees the buffers of the past through `past_mask` and gives the entries of the new tokens, which are copied
-to their places; so a sequence can be cut back by forgetting its length alone.
+A run sees the buffers of the past through `past_mask` and gives the entries of the new tokens, which are
+copied to their places; so a sequence can be cut back by forgetting its length alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import onnx_session
+from runtime.backend import RowsState
 from runtime.errors import BundleError
 from runtime.image import ImageFeatures, View, join_features
 from runtime.manifest import Manifest, Part, StateTensor
+from runtime.providers import PartOpener, RunSettings
 
 Floats = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
@@ -30,14 +31,16 @@ STEP_INPUTS = ("inputs_embeds", "position_ids", "past_mask", "logits_index")
 class StaticBackend:
     """The four parts of a bundle of fixed shapes in onnxruntime, and the state of one sequence."""
 
-    def __init__(self, directory: Path, manifest: Manifest, *, threads: int, spin: bool) -> None:
+    rewindable = True
+    no_rows = "graphs of fixed shapes take one sequence"
+
+    def __init__(self, directory: Path, manifest: Manifest, settings: RunSettings) -> None:
         assert manifest.static is not None
-        ort = onnx_session._import_onnxruntime()
-        options = onnx_session._session_options(ort, threads, spin)
+        opener = PartOpener(settings)
+        ort = opener.ort
         self._manifest, self._static = manifest, manifest.static
-        self._runs = {
-            part.role: onnx_session._open_part(ort, directory, part, options) for part in manifest.parts
-        }
+        self._runs: dict[str, Any] = {part.role: opener.open(directory, part) for part in manifest.parts}
+        self.providers = opener.reports()
         self._steps = {role: _step_inputs(manifest, role) for role in ("decoder_prefill", "decoder")}
         self._buffers = {state.input: _buffer(state) for state in manifest.state}
         self._values = {
@@ -59,10 +62,23 @@ class StaticBackend:
         features = features.reshape(-1, features.shape[-1])
         return ImageFeatures(features, (view.grid,), stack[0].reshape(-1, *features.shape) if stack else None)
 
-    def start(self, capacity: int) -> None:
-        """Forget the sequence; the buffers are as long as the context in any case."""
-        self._length = 0
-        self._mask[...] = self._static.masked
+    @property
+    def state_bytes(self) -> int:
+        """What the buffers take; they are as long as the context in any case."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def rewind(self, length: int) -> int:
+        """Forget what follows the first `length` tokens."""
+        self._length = min(length, self._length)
+        self._mask[..., self._length :] = self._static.masked
+        return self._length
+
+    def mark(self) -> None:
+        """Nothing to keep: every length can be gone back to."""
+
+    def rows(self, rows: int, capacity: int) -> RowsState:
+        """Not for fixed shapes; `no_rows` says so."""
+        raise BundleError(f"batch: {self.no_rows}; ask one by one")
 
     def extend(self, ids: TokenIds, positions: TokenIds, images: Sequence[ImageFeatures]) -> Floats:
         """Append ids (S,) at positions (rows, S), chunk by chunk; logits (vocab,) of the last."""

@@ -111,9 +111,9 @@ def test_logits_do_not_change_after_the_next_step(session: Session) -> None:
 
 
 def test_too_many_pictures_are_refused(session: Session) -> None:
-    prepared = session.prepare(png())
-    with pytest.raises(InputError, match="has 2 images, this bundle takes 1"):
-        session.prompt_ids(QUESTION, [prepared] * 2)
+    prepared, most = session.prepare(png()), session.manifest.limits.images
+    with pytest.raises(InputError, match=f"has {most + 1} images, this bundle takes {most} at most"):
+        session.prompt_ids(QUESTION, [prepared] * (most + 1))
 
 
 def test_the_picture_matters(session: Session) -> None:
@@ -131,11 +131,8 @@ def with_state(session: Session, directory: Path, in_place: bool) -> Session:
     return Session.from_manifest(directory, changed, threads=1)
 
 
-def test_state_in_place_equals_state_handed_over(
-    session: Session, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit, also where the buffer grows, and in a second sequence over the used buffer."""
-    monkeypatch.setattr("runtime.onnx_session.GROWTH", 4)
+def test_state_in_place_equals_state_handed_over(session: Session, tiny_bundle: Path) -> None:
+    """Bit for bit, also in a second sequence over the used buffer."""
     random = np.random.default_rng(0)
     with with_state(session, tiny_bundle, True) as here, with_state(session, tiny_bundle, False) as handed:
         for length in (9, 30, 5):
@@ -173,7 +170,7 @@ def test_the_answer_ends_where_the_context_does(session: Session, tiny_bundle: P
 
 def test_a_prompt_that_is_too_long(session: Session) -> None:
     context = session.manifest.limits.context
-    with pytest.raises(InputError, match=rf"prompt: needs \d+ tokens, {context} are available"):
+    with pytest.raises(InputError, match=rf"prompt: needs \d+ tokens \(16 of .* images\), {context} are"):
         session.ask(png(), "why? " * context)
 
 
