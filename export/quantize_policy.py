@@ -38,7 +38,7 @@ Scheme = Literal[
     "int4-block128-gptq",
     "int8-kv",
 ]
-PartName = Literal["*", "vision_encoder", "embed_tokens", "decoder"]
+PartName = Literal["*", "vision_encoder", "embed_tokens", "decoder", "decoder_prefill"]
 
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 _BLOCKS = re.compile(r"int([48])-block(32|64|128)(-gptq)?")
@@ -59,6 +59,11 @@ class Policy:
 
     name: str
     rules: tuple[Rule, ...]
+
+    @property
+    def prefill(self) -> bool:
+        """Whether the bundle gets a second decoder graph for prompts: a rule names it."""
+        return any(rule.part == "decoder_prefill" for rule in self.rules)
 
     @property
     def calibrated(self) -> bool:
@@ -97,9 +102,13 @@ POLICIES: dict[str, tuple[Rule, ...]] = {
 }
 """Base names; `NAMES` tells what may follow them."""
 
-NAMES = "fp32, fp16, int8, int8-blocks, int4; then -b64 or -b128 (int4, int8-blocks), -gptq (int4), -kv8"
+NAMES = (
+    "fp32, fp16, int8, int8-blocks, int4; then -b64 or -b128 (int4, int8-blocks), -gptq (int4), -kv8, "
+    "-prefill8 (int4, int8-blocks)"
+)
 _NAME = re.compile(
     r"(?P<base>fp32|fp16|int8-blocks|int8|int4)(?P<size>-b(?:32|64|128))?(?P<gptq>-gptq)?(?P<kv>-kv8)?"
+    r"(?P<prefill>-prefill8)?"
 )
 
 
@@ -111,7 +120,8 @@ def resolve(precision: str) -> Policy:
 
 
 def named(precision: str) -> Policy:
-    """`int4`: blocks of 32; `-b64`, `-b128`: larger; `-gptq`: calibrated weights; `-kv8`: int8 KV cache."""
+    """`int4`: blocks of 32; `-b64`, `-b128`: larger; `-gptq`: calibrated weights; `-kv8`: int8 KV cache;
+    `-prefill8`: a second decoder graph for prompts, in int8."""
     found = _NAME.fullmatch(precision)
     if found is None or not _fits(found):
         near = difflib.get_close_matches(precision, [*POLICIES, "int4-b64", "int4-gptq", "int4-kv8"], n=1)
@@ -127,12 +137,27 @@ def named(precision: str) -> Policy:
         ]
     if found["kv"]:
         rules.insert(0, Rule("decoder", "GroupQueryAttention:*", "int8-kv"))
+    if found["prefill"]:
+        rules = [*_second_decoder(rules), *rules]
     return Policy(precision, tuple(rules))
+
+
+def _second_decoder(rules: Sequence[Rule]) -> list[Rule]:
+    """A graph for prompts: int8 products, which are faster over many tokens than unpacking small blocks.
+
+    The states are the decoder's. So is the LM head, which sees one token.
+    """
+    shared = [r for r in rules if r.part == "decoder"]
+    states = [Rule("decoder_prefill", r.node, r.scheme) for r in shared if r.scheme == "int8-kv"]
+    blocks = next(r.scheme.removesuffix("-gptq") for r in shared if blocks_of(r.scheme))
+    head = Rule("decoder_prefill", "MatMul:*head", blocks)  # type: ignore[arg-type]
+    return [*states, head, Rule("decoder_prefill", "MatMul:*", "int8-dynamic")]
 
 
 def _fits(name: re.Match[str]) -> bool:
     blocks = name["base"] in ("int4", "int8-blocks")
-    return (blocks or not name["size"]) and (name["base"] == "int4" or not name["gptq"])
+    sized = blocks or not (name["size"] or name["prefill"])
+    return sized and (name["base"] == "int4" or not name["gptq"])
 
 
 def _resized(rule: Rule, size: int) -> Rule:

@@ -73,6 +73,7 @@ def matmul_to_blocks(model: ir.Model, names: Iterable[str], bits: int, size: int
     """`com.microsoft::MatMulNBits`: symmetric blocks of `size` along the input width, rounded to nearest."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    wanted = set(names)
     with _quiet_root():
         quantizer = MatMulNBitsQuantizer(
             ir.to_proto(model),
@@ -80,7 +81,8 @@ def matmul_to_blocks(model: ir.Model, names: Iterable[str], bits: int, size: int
             block_size=size,
             is_symmetric=True,
             accuracy_level=ACCURACY_LEVEL,
-            nodes_to_include=list(names),
+            # its own `nodes_to_include` only adds to all the MatMuls that it takes anyway
+            nodes_to_exclude=[str(n.name) for n in model.graph if n.name not in wanted],
         )
         quantizer.process()
     found = ir.from_proto(quantizer.model.model)
