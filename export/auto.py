@@ -203,6 +203,11 @@ class _Search:
             files.write_shard(path, [head, answered.model_dump(mode="json")])
         if self._float is None:
             self._float = answered  # the first candidate is float32
+            if not answered.score.right:
+                raise InputError(
+                    f"float32 answers none of {answered.score.n} questions right, so no drop could be seen; "
+                    "give --data with questions that this checkpoint answers"
+                )
         compared = compare_methods("validation", ("fp32", key), self._float, answered)
         found = Candidate(
             key=key, setting=setting, comparison=compared, score=answered.score,

@@ -102,4 +102,5 @@ def table(result: Result) -> list[str]:
 
 
 def _drop(found: Comparison) -> str:
-    return f"{-100 * found.difference:+.2f} ({-100 * found.high:+.2f} to {-100 * found.low:+.2f})"
+    middle, low, high = (-100 * share + 0.0 for share in (found.difference, found.high, found.low))
+    return f"{middle:+.2f} ({low:+.2f} to {high:+.2f})"
