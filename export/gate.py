@@ -203,7 +203,7 @@ def check_quantized(
 
 def _read_part(staged: Path, path: str) -> ir.Model:
     try:
-        return ir.load(staged / path)
+        return ir.external_data.load_to_model(ir.load(staged / path))
     except (OSError, ValueError, RuntimeError) as error:
         raise ParityError(
             f"gate: {path}: cannot be read back ({type(error).__name__}); export again"

@@ -42,7 +42,7 @@ def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Register `array` as a weight called `name`."""
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)  # a scalar stays one
     value = ir.Value(
         name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
     )

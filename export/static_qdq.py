@@ -238,12 +238,9 @@ def _weight_to_float(graph: ir.Graph, node: ir.Node, stored: NDArray[Any], steps
     scale = constant(node.inputs[1])
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     assert scale is not None
-    if scale.ndim == 1:
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-        shape = [1] * stored.ndim
-        shape[axis] = -1
-        scale = scale.reshape(shape)
-        zero = None if zero is None else zero.reshape(shape)
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    shape = [-1 if place == axis else 1 for place in range(stored.ndim)] if scale.size > 1 else []
+    scale, zero = scale.reshape(shape), None if zero is None else zero.reshape(shape)
     shift = np.zeros((), np.float32) if zero is None else zero.astype(np.float32)
     value = ((stored.astype(np.float32) - shift) * scale).astype(np.float32)
     name = f"{node.outputs[0].name}.float"
