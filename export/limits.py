@@ -18,7 +18,14 @@ from runtime import image as pictures
 from runtime.errors import InputError
 from runtime.image import ImageInput
 from runtime.image_limits import limit
-from runtime.image_spec import GridTiles, ImageSpec, ResizeLongestEdge, SmartResize, SplitTiles
+from runtime.image_spec import (
+    GridTiles,
+    ImageOperation,
+    ImageSpec,
+    ResizeLongestEdge,
+    SmartResize,
+    SplitTiles,
+)
 from runtime.manifest import Limits
 
 LEAST_TOKENS = 64
@@ -35,17 +42,36 @@ def hold(checkpoint: Checkpoint, family: Family, max_tokens: int | None) -> Chan
     if max_tokens is None:
         return {}
     wanted = limit(family.image(checkpoint), max_tokens)
-    if wanted == family.image(checkpoint):
+    if _is_held(family.image(checkpoint), max_tokens):
         return {}
     before = checkpoint.processor.image_processor.to_dict()
     for settings in _settings(wanted, checkpoint.processor.image_processor, family):
         _apply(checkpoint.processor.image_processor, settings)
-        if family.image(checkpoint).max_tokens <= max_tokens:
+        if _is_held(family.image(checkpoint), max_tokens):
             return _flat(settings)
         _apply(checkpoint.processor.image_processor, {key: before[key] for key in settings})
     raise InputError(
         f"max_image_tokens: {max_tokens} cannot be set in this checkpoint's image processor, so that the gate "
         "could not compare; give a larger number or --no-split"
+    )
+
+
+def narrowed(image: ImageSpec, max_tokens: int | None) -> ImageSpec:
+    """The section of a processor that is held to it; needles that would take more tokens are refused."""
+    return image if max_tokens is None else limit(image, max_tokens)
+
+
+def _is_held(image: ImageSpec, max_tokens: int) -> bool:
+    """Whether a section keeps to so many tokens, or would without pictures of an extreme aspect."""
+    held = limit(image, max_tokens)
+    return [_any_aspect(op) for op in held.operations] == [_any_aspect(op) for op in image.operations]
+
+
+def _any_aspect(operation: ImageOperation) -> ImageOperation:
+    return (
+        operation.model_copy(update={"aspect_limit": None})
+        if isinstance(operation, SmartResize)
+        else operation
     )
 
 
@@ -55,12 +81,18 @@ def _settings(wanted: ImageSpec, processor: Any, family: Family) -> Iterator[dic
         if isinstance(operation, SmartResize):
             edges = {"shortest_edge": operation.min_pixels, "longest_edge": operation.max_pixels}
             yield {"size": edges}
+            if hasattr(processor, "max_image_tokens"):
+                cell = operation.factor**2
+                least, most = operation.min_pixels // cell, operation.max_pixels // cell
+                yield {**family.untiled(), "min_image_tokens": least, "max_image_tokens": most}
         if isinstance(operation, GridTiles):
             count = max(rows * columns for rows, columns in operation.grids)
             for name in ("max_patches", "max_tiles"):
                 if hasattr(processor, name):
                     yield {name: count}
-        if isinstance(operation, ResizeLongestEdge) and any(isinstance(x, SplitTiles) for x in wanted.operations):
+        if isinstance(operation, ResizeLongestEdge) and any(
+            isinstance(x, SplitTiles) for x in wanted.operations
+        ):
             yield {"size": {"longest_edge": operation.longest_edge}}
     if untiled := dict(family.untiled()):
         yield untiled
@@ -69,7 +101,11 @@ def _settings(wanted: ImageSpec, processor: Any, family: Family) -> Iterator[dic
 def _apply(processor: Any, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         old = getattr(processor, name)
-        setattr(processor, name, type(old)(**value) if isinstance(value, dict) and not isinstance(old, dict) else value)
+        setattr(
+            processor,
+            name,
+            type(old)(**value) if isinstance(value, dict) and not isinstance(old, dict) else value,
+        )
 
 
 def _flat(settings: dict[str, Any]) -> Changes:

@@ -161,7 +161,8 @@ def prepare(
     changed = {} if plan.split_images else without_tiles(checkpoint)
     family = family_of(checkpoint)
     changed |= limits.hold(checkpoint, family, plan.max_image_tokens)
-    geometry, prompt = family.image(checkpoint), family.prompt(checkpoint)
+    geometry = limits.narrowed(family.image(checkpoint), plan.max_image_tokens)
+    prompt = family.prompt(checkpoint)
     image = static.fixed_views(geometry, plan.max_image_tokens) if plan.static else geometry
     if image_required:
         prompt = prompt.model_copy(update={"user_without_image": None})
