@@ -112,7 +112,7 @@ def _convolving(text: nn.Module, states: dict[int, torch.Tensor]) -> Iterator[No
     with contextlib.ExitStack() as undo:
         for module in text.modules():
             if type(module).__name__.endswith("ShortConv"):
-                module.forward = partial(_short_conv, module, states)  # type: ignore[method-assign]
+                module.forward = partial(_short_conv, module, states)
                 undo.callback(module.__dict__.pop, "forward", None)
         yield
 
