@@ -142,7 +142,9 @@ def sample(bundle_dir: Path, image: Path, question: str, plan: Plan) -> Samples:
     data = image.read_bytes()
     base = peak_rss_mib()
     start = time.perf_counter()
-    session = runtime.open_bundle(bundle_dir, threads=plan.threads)
+    session = runtime.open_bundle(
+        bundle_dir, threads=plan.threads, reuse=False
+    )  # every repeat is a first one
     cold = _since(start)
     rows = [_repeat(session, data, question, plan.decode_tokens) for _ in range(plan.warmup + plan.repeats)]
     rows = rows[plan.warmup :]

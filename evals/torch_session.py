@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers import Tokenizer
 
+from runtime.answer import History, Sources, Turn, sources_of, turns_of
+from runtime.answering import Answering
 from runtime.errors import CheckpointError, InputError, MissingExtra
-from runtime.generation import Detokenizer, FinishReason, GenerationOptions, Sampler
 from runtime.image import ImageFeatures, ImageInput, PreparedImage, View
-from runtime.session import Answer, GenerationStats, Sources, sources_of
 
 Floats = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
@@ -55,7 +56,7 @@ class TorchFeatures(ImageFeatures):
     output: Any = None
 
 
-class TorchSession:
+class TorchSession(Answering):
     """Answers with transformers in float32 on the CPU. One sequence at a time, like a bundle's session."""
 
     def __init__(self, checkpoint: Path | str, *, model: Any = None, processor: Any = None) -> None:
@@ -63,13 +64,12 @@ class TorchSession:
 
         Raises CheckpointError when it cannot be loaded, MissingExtra without transformers.
         """
+        super().__init__()
         start = time.perf_counter()
         self.path = Path(checkpoint)
         if model is None or processor is None:
             model, processor = _load(self.path)
         self.model, self.processor = model, processor
-        self.last_stats = GenerationStats()
-        self.last_answer: Answer | None = None
         self._image_token = int(model.config.image_token_id)
         self._cache: Any = None
         self._length = 0
@@ -83,6 +83,11 @@ class TorchSession:
         stop = self.model.generation_config.eos_token_id
         return tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (int(stop),)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's."""
+        return self.processor.tokenizer.backend_tokenizer
+
     # --- steps --------------------------------------------------------
 
     def prepare(self, source: ImageInput) -> TorchImage:
@@ -90,7 +95,7 @@ class TorchSession:
         if isinstance(source, bytes):
             source = self._as_file(source)
         picture = source if isinstance(source, Image.Image) else str(source)
-        found = self._template("", [picture])
+        found = self._template([_message("", [picture])])
         inputs = {k: found[k] for k in self.processor.image_processor.model_input_names if k in found}
         tokens = int((found["input_ids"] == self._image_token).sum())
         view = View({name: value.numpy() for name, value in inputs.items()}, (1, tokens))
@@ -110,13 +115,18 @@ class TorchSession:
             tokens.float().numpy(),
             tuple(view.grid for view in prepared.views),
             torch.stack([_flat(level) for level in levels]).float().numpy() if levels else None,
-            found,
+            output=found,
         )
 
-    def prompt_ids(self, question: str, images: Sequence[PreparedImage]) -> TokenIds:
-        """Ids (prompt,) from the chat template."""
-        sources = [each.source for each in images if isinstance(each, TorchImage)]
-        found = dict(self._template(question, sources))
+    def prompt_ids(
+        self, question: str, images: Sequence[PreparedImage], history: Sequence[Turn] = ()
+    ) -> TokenIds:
+        """Ids (prompt,) from the chat template; an answer's ids of `history` become text for it."""
+        messages = []
+        for turn in history:
+            messages += [_message(turn.question, _sources(turn.images)), self._answered(turn.answer)]
+        messages.append(_message(question, _sources(images)))
+        found = dict(self._template(messages))
         ids = found.pop("input_ids")[0].numpy()
         self._prompts = {tuple(ids.tolist()): found}
         return ids
@@ -140,51 +150,22 @@ class TorchSession:
             raise InputError("decode: no sequence is running; call prefill first")
         return self._step([int(token_id)], {})
 
-    # --- answers ------------------------------------------------------
+    # --- beside the answers of every session ---
 
-    def stream(
-        self, source: Sources, question: str, options: GenerationOptions | None = None
-    ) -> Iterator[str]:
-        """Text pieces of the answer as they come; afterwards `last_stats` and `last_answer` are set."""
-        start = time.perf_counter()
-        stats = GenerationStats()
-        prepared = [self.prepare(each) for each in sources_of(source)]
-        stats.prepare_ms = _ms_since(start)
-        ids = self.prompt_ids(question, prepared)
-        mark = time.perf_counter()
-        features = [self.encode_image(each) for each in prepared]
-        stats.encode_ms = _ms_since(mark) if prepared else 0.0
-        yield from self._generate(ids, features, options or GenerationOptions(), stats, start)
-
-    def ask(self, source: Sources, question: str, options: GenerationOptions | None = None) -> Answer:
-        """The whole answer to a question about a picture."""
-        for _ in self.stream(source, question, options):
-            pass
-        assert self.last_answer is not None
-        return self.last_answer
-
-    def complete(
-        self, ids: TokenIds, images: Sequence[ImageFeatures] = (), options: GenerationOptions | None = None
-    ) -> Answer:
-        """The answer to a prompt whose picture is encoded already."""
-        chosen = options or GenerationOptions()
-        for _ in self._generate(ids, images, chosen, GenerationStats(), time.perf_counter()):
-            pass
-        assert self.last_answer is not None
-        return self.last_answer
-
-    def generate(self, source: Sources, question: str, max_new_tokens: int) -> list[int]:
+    def generate(
+        self, source: Sources, question: str, max_new_tokens: int, *, history: History = ()
+    ) -> list[int]:
         """Greedy new ids by transformers' own `generate` on the processor's inputs, a stop id included."""
         import torch
 
-        inputs = self._template(question, [self.prepare(each).source for each in sources_of(source)])
+        ids, inputs = self._inputs(source, question, history)
         with torch.no_grad():
             found = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return [int(i) for i in found[0, inputs["input_ids"].shape[1] :]]
+        return [int(i) for i in found[0, len(ids) :]]
 
     def margin(self, source: Sources, question: str, tokens: Sequence[int]) -> float:
         """Difference of the two largest logits after the prompt and `tokens`."""
-        prepared = [self.prepare(each) for each in sources_of(source)]
+        prepared = [self._prepared(each) for each in sources_of(source)]
         features = [self.encode_image(each) for each in prepared]
         logits = self.prefill(self.prompt_ids(question, prepared), features)
         for token in tokens:
@@ -215,13 +196,27 @@ class TorchSession:
         path.write_bytes(data)
         return path
 
-    def _template(self, question: str, images: Sequence[Any]) -> Any:
-        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-        turn = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    def _prepared(self, source: Any) -> PreparedImage:
+        return source if isinstance(source, PreparedImage) else self.prepare(source)
+
+    def _inputs(self, source: Sources, question: str, history: History) -> tuple[TokenIds, dict[str, Any]]:
+        """Ids (prompt,) and everything that the processor gives for the model."""
+        import torch
+
+        turns, images = turns_of(history, [self._prepared(each) for each in sources_of(source)])
+        ids = self.prompt_ids(question, images, turns)
+        more = self._prompts[tuple(ids.tolist())]
+        return ids, {"input_ids": torch.from_numpy(ids)[None], **more}
+
+    def _answered(self, answer: str | tuple[int, ...]) -> dict[str, Any]:
+        text = answer if isinstance(answer, str) else self.tokenizer.decode(list(answer)).strip()
+        return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+    def _template(self, messages: list[dict[str, Any]]) -> Any:
         try:
             with quiet_transformers():
                 return self.processor.apply_chat_template(
-                    turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
                 )
         except (ValueError, OSError, RuntimeError) as error:
             raise InputError(f"the checkpoint's processor refuses it: {error}") from error
@@ -245,45 +240,15 @@ class TorchSession:
         self._cache, self._length = out.past_key_values, total
         return out.logits[0, -1].float().numpy()
 
-    def _generate(
-        self,
-        ids: TokenIds,
-        images: Sequence[ImageFeatures],
-        options: GenerationOptions,
-        stats: GenerationStats,
-        start: float,
-    ) -> Iterator[str]:
-        """The loop of a bundle's session over this model's steps."""
-        stats.prompt_tokens, stats.image_tokens = len(ids), sum(map(len, images))
-        tokenizer = self.processor.tokenizer.backend_tokenizer
-        detokenizer, sampler, stop = Detokenizer(tokenizer), Sampler(options, ids), self.stop_ids
-        tokens: list[int] = []
-        text: list[str] = []
-        reason: FinishReason = "length"
-        mark = time.perf_counter()
-        logits = self.prefill(ids, images)
-        stats.prefill_ms = _ms_since(mark)
-        while True:
-            tokens.append(sampler.pick(logits))
-            stats.new_tokens = len(tokens)
-            if tokens[-1] in stop:
-                reason = "stop"
-                break
-            if piece := detokenizer.push(tokens[-1]):
-                stats.ttft_ms = stats.ttft_ms or _ms_since(start)
-                text.append(piece)
-                yield piece
-            if len(tokens) == options.max_new_tokens:
-                break
-            mark = time.perf_counter()
-            logits = self.decode(tokens[-1])
-            stats.decode_ms.append(_ms_since(mark))
-        stats.ttft_ms = stats.ttft_ms or _ms_since(start)
-        if piece := detokenizer.flush():
-            text.append(piece)
-            yield piece
-        self.last_stats = stats
-        self.last_answer = Answer("".join(text), tokens, reason, stats)
+
+def _message(question: str, images: Sequence[Any]) -> dict[str, Any]:
+    """A user's turn as the chat template takes it, pictures first."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+def _sources(images: Sequence[PreparedImage]) -> list[Any]:
+    return [each.source for each in images if isinstance(each, TorchImage)]
 
 
 def _flat(features: Any) -> Any:
@@ -355,7 +320,3 @@ def quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _ms_since(start: float) -> float:
-    return (time.perf_counter() - start) * 1e3
