@@ -175,7 +175,9 @@ def _qwen_ids() -> dict[str, Any]:
     }
 
 
-def _write_qwen(out: Path, config: Mapping[str, Any], name: str, patch: int, seed: int) -> Path:
+def _write_qwen(
+    out: Path, config: Mapping[str, Any], name: str, patch: int, seed: int, template: str = CHATML
+) -> Path:
     special = {
         **CHATML_TOKENS,
         "vision_start_token": "<|vision_start|>",
@@ -194,7 +196,7 @@ def _write_qwen(out: Path, config: Mapping[str, Any], name: str, patch: int, see
         "image_processor": {"image_processor_type": "Qwen2VLImageProcessor", **patches},
         "video_processor": {"video_processor_type": video, **patches},
     }
-    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = template.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return write(out, config, special, processor, template, seed)
 
 
@@ -360,7 +362,42 @@ def write_internvl_llama(out: Path, **options: Any) -> Path:
     return write_internvl(out, text=text, **options)
 
 
+def write_qwen2_vl(
+    out: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, heads: int = 4, kv_heads: int = 2
+) -> Path:
+    """No windows, LayerNorm and quick GELU in vision; the template has a system turn of its own."""
+    half = hidden // heads // 2
+    side = half * 3 // 8
+    config = {
+        "model_type": "qwen2_vl",
+        "tie_word_embeddings": True,
+        **_qwen_ids(),
+        "vision_config": {
+            "depth": layers,
+            "embed_dim": hidden,
+            "hidden_size": hidden,
+            "mlp_ratio": 2,
+            "num_heads": heads,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "text_config": text_config(
+            hidden, layers, heads, kv_heads,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [half - 2 * side, side, side],
+            },
+        ),
+    }  # fmt: skip
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    first = (
+        "{%- if messages[0]['role'] != 'system' -%}{{ '" + system.replace("\n", "\\n") + "' }}{%- endif -%}"
+    )
+    return _write_qwen(out, config, "Qwen2VL", 8, seed, first + CHATML)
+
+
 VARIANTS: dict[str, Callable[..., Path]] = {
+    "qwen2_vl": write_qwen2_vl,
     "smolvlm_tiles": write_smolvlm_tiles,
     "idefics3_tiles": write_idefics3_tiles,
     "internvl_qwen3": write_internvl_qwen3,
