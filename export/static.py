@@ -143,7 +143,12 @@ def remasked(graphs: Mapping[str, ir.Model], old: float, new: float) -> dict[str
         found[role] = ir.from_proto(ir.to_proto(model))
         for value in found[role].graph.initializers.values():
             array = passes.constant(value)
-            if array is not None and array.dtype == np.float32 and array.size and set(np.unique(array)) == {old, 0.0}:
+            if (
+                array is not None
+                and array.dtype == np.float32
+                and array.size
+                and set(np.unique(array)) == {old, 0.0}
+            ):
                 value.const_value = ir.tensor(np.where(array == old, np.float32(new), array), name=value.name)
     return found
 

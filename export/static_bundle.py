@@ -78,7 +78,7 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     parity = check_float(facts, staged, found) if exact else _check_rounded(facts, staged, found, scratch)
     facts.say(f"{precision}: conformance vectors")
     spread = onnx._LOGIT_SPREAD if exact else onnx._ROUNDED_SPREAD
-    vectors = onnx._write_conformance(facts, staged, found, spread)
+    vectors = onnx.write_conformance(facts, staged, found, spread)
     bundle.write(found.model_copy(update={"parity": parity, "conformance": vectors}), staged)
     bundle.read(staged)
 
@@ -105,8 +105,7 @@ def _rounded(facts: Facts, precision: str, scratch: Path) -> dict[str, ir.Model]
     facts.say(f"{precision}: calibrating on {len(facts.cases)} prompts")
     feeds = record(facts, scratch)
     return {
-        role: static_qdq.quantize(facts.graphs[role], role, RECIPES[precision], feeds[role])
-        for role in ROLES
+        role: static_qdq.quantize(facts.graphs[role], role, RECIPES[precision], feeds[role]) for role in ROLES
     }
 
 

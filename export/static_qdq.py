@@ -29,6 +29,8 @@ from export import quantize as rules
 from export.passes import add_initializer, constant
 from export.quantize_schemes import _quiet_root
 from runtime.errors import InputError, ParityError
+from runtime.image import ImageFeatures, join_features
+from runtime.positions import position_ids
 from runtime.session import Session, sources_of
 from runtime.static_session import StaticBackend
 
@@ -37,8 +39,9 @@ OPSET_16_BIT = 21
 """QuantizeLinear of the standard takes 16 bits from here on; onnxruntime 1.18 knows it."""
 
 WEIGHTED = ("MatMul", "Gemm", "Conv")
-STEPS_PER_CASE = 3
-"""Token steps kept of each case: ranges move little from step to step, and each holds the cache."""
+REPLAYED = 64
+"""Tokens of each prompt that also go through the graph of one token: it meets no range of the first tokens (whose
+activations are the largest of a sequence) or of pictures otherwise, and what is out of range is cut off."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ Feeds = list[Feed]
 
 
 def record(session: Session, cases: Sequence[ParityCase]) -> dict[str, Feeds]:
-    """What each part is fed while the session answers the cases with their forced tokens."""
+    """What each part is fed while the session answers the cases with their forced tokens.
+
+    The beginning of every prompt then goes through the graph of one token as well.
+    """
     backend = session._backend
     assert isinstance(backend, StaticBackend)
     found: dict[str, Feeds] = {part.role: [] for part in session.manifest.parts}
@@ -106,10 +112,31 @@ def record(session: Session, cases: Sequence[ParityCase]) -> dict[str, Feeds]:
             pictures = [session.prepare(each) for each in sources_of(case.image)]
             features = [session.encode_image(each) for each in pictures]
             ids = session.prompt_ids(case.question, pictures)
-            forced_logits(session, ids, features, case.forced[:STEPS_PER_CASE])
+            forced_logits(session, ids, features, case.forced)
+            _replay(session, ids[:REPLAYED], features)
     finally:
         del backend.run
     return found
+
+
+def _replay(session: Session, ids: NDArray[np.int64], features: Sequence[ImageFeatures]) -> None:
+    """The prompt's ids one by one, each image token with its own feature."""
+    backend = session._backend
+    assert isinstance(backend, StaticBackend)
+    joined = join_features(features) if features else None
+    grids = [grid for each in features for grid in each.grids]
+    is_image = ids == session.manifest.merge.token
+    whole = np.full(sum(rows * columns for rows, columns in grids), session.manifest.merge.token)
+    known = np.concatenate([ids, whole[int(is_image.sum()) :]])  # a picture that is cut off still has a grid
+    positions, _ = position_ids(session.manifest.positions, known == session.manifest.merge.token, grids, 0)
+    backend.rewind(0)
+    for place in range(len(ids)):
+        images = []
+        if is_image[place] and joined is not None:
+            nth = int(is_image[:place].sum())
+            stack = None if joined.deepstack is None else joined.deepstack[:, nth : nth + 1]
+            images = [ImageFeatures(joined.tokens[nth : nth + 1], ((1, 1),), stack)]
+        backend.extend(ids[place : place + 1], positions[:, place : place + 1], images)
 
 
 class _Reader:
@@ -226,7 +253,9 @@ def float_twin(rounded: ir.Model) -> audit.Twin:
         before = node.inputs[0].producer() if node.inputs[0] is not None else None
         if before is None or before.op_type != "QuantizeLinear":
             raise ParityError(f"{node.name}: DequantizeLinear of no rounded value; re-export")
-        if [constant(x).tolist() for x in before.inputs[1:]] != [constant(x).tolist() for x in node.inputs[1:]]:  # type: ignore[union-attr]
+        if [constant(x).tolist() for x in before.inputs[1:]] != [
+            constant(x).tolist() for x in node.inputs[1:]
+        ]:  # type: ignore[union-attr]
             raise ParityError(f"{node.name}: other scale or zero point than its QuantizeLinear; re-export")
         _replace(node.outputs[0], before.inputs[0])
     common.RemoveUnusedNodesPass()(twin.model)

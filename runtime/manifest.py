@@ -65,6 +65,19 @@ class CausalAttention(Contract):
     op: Literal["attention.causal@1"] = "attention.causal@1"
 
 
+class ImageAttention(Contract):
+    """Every token sees itself and all before it, an image token also those after it in the same picture.
+
+    The decoder's `input` (batch, S) int64 is 1 at image tokens, 0 elsewhere; image tokens side by side are one
+    picture. `windows`: by layer, how many tokens one sees at most, itself and before it; null: all. The decoder
+    does it (a reader that brings its own decoder must).
+    """
+
+    op: Literal["attention.image_bidirectional@1"] = "attention.image_bidirectional@1"
+    input: str
+    windows: tuple[int | None, ...]
+
+
 _ITEM_BYTES: dict[str, int] = {
     "float32": 4,
     "float16": 2,
@@ -115,6 +128,7 @@ class StateTensor(Contract):
         return math.prod(self.sizes(length, rows)) * _ITEM_BYTES[self.dtype]
 
 
+Attention = Annotated[CausalAttention | ImageAttention, Field(discriminator="op")]
 Positions = Annotated[Positions1d | PositionsMrope, Field(discriminator="op")]
 
 
@@ -195,7 +209,7 @@ class Part(Contract):
     is there, has the inputs, outputs and states of `decoder` and runs where several tokens are fed at once.
     """
 
-    role: Literal["vision_encoder", "embed_tokens", "decoder", "decoder_prefill"]
+    role: Literal["vision_encoder", "embed_tokens", "decoder", "decoder_prefill", "text_model", "mmproj"]
     path: RelativePath
     sha256: Sha256
     bytes: int = Field(ge=0)
@@ -239,7 +253,7 @@ class Manifest(Contract):
 
     manifest_version: Literal[1] = 1
     name: str = Field(min_length=1)
-    format: Literal["onnx"]
+    format: Literal["onnx", "gguf"]
     flavour: Literal["ort-fused", "portable-static"] = "ort-fused"
     precision: str
     target: str | None = Field(default=None, description="the preset that it was exported for")
@@ -250,7 +264,7 @@ class Manifest(Contract):
     merge: ReplaceTokens
     deepstack: Deepstack | None = None
     positions: Positions
-    attention: CausalAttention
+    attention: Attention
     static: StaticCache | None = None
     state: tuple[StateTensor, ...]
     limits: Limits
@@ -268,7 +282,19 @@ class Manifest(Contract):
     def _consistent(self) -> Manifest:
         if tuple(self.requires) != self.operations():
             raise ValueError(f"requires must name exactly the operations used: {list(self.operations())}")
+        self._check_parts()
+        if self.image.max_tokens > self.limits.image_tokens:
+            raise ValueError(f"image.max_tokens {self.image.max_tokens} exceeds limits.image_tokens")
+        if self.merge.token != self.prompt.image.token:
+            raise ValueError(f"merge.token {self.merge.token} differs from prompt.image.token")
+        return self
+
+    def _check_parts(self) -> None:
         roles = sorted(part.role for part in self.parts)
+        if self.format == "gguf":
+            if roles != ["mmproj", "text_model"] or self.state or self.static:
+                raise ValueError(f"gguf: parts must be one text_model and one mmproj, no state; got {roles}")
+            return
         if [role for role in roles if role != "decoder_prefill"] != _ROLES or len(roles) > len(_ROLES) + 1:
             raise ValueError(
                 "parts must be one vision_encoder, one embed_tokens, one decoder and at most one "
@@ -279,11 +305,6 @@ class Manifest(Contract):
         if self.static is not None and "decoder_prefill" not in roles:
             raise ValueError("static needs a decoder_prefill part")
         self._check_prefill()
-        if self.image.max_tokens > self.limits.image_tokens:
-            raise ValueError(f"image.max_tokens {self.image.max_tokens} exceeds limits.image_tokens")
-        if self.merge.token != self.prompt.image.token:
-            raise ValueError(f"merge.token {self.merge.token} differs from prompt.image.token")
-        return self
 
     def _check_prefill(self) -> None:
         """A second graph over the same states: fixed shapes apart, it must be called as the first."""
