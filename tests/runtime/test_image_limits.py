@@ -146,6 +146,17 @@ def test_bounds_hold_for_any_smart_resize(spec: ImageSpec, height: int, width: i
     assert_bounded(height, int(height * limit * aspect) or 1, spec)
 
 
+@pytest.mark.parametrize(
+    ("longest", "cap", "views"), [(512, 4096, 1), (513, 4096, 5), (513, 513, 1), (1026, 4096, 5)]
+)
+def test_an_odd_longest_edge_grows_by_one(longest: int, cap: int, views: int) -> None:
+    operations = list(SPECS["smolvlm-256m"].operations)
+    operations[2] = ResizeLongestEdge(longest_edge=longest, cap=cap, filter="lanczos")
+    operations[3] = SplitTiles(side=513, filter="lanczos")
+    spec = image_limits.bounded(operations, TokenGrid(patch=27, merge=1))
+    assert (spec.max_views, spec.max_tokens) == (views, views * 19 * 19) == counts(100, 100, spec)
+
+
 def test_operations_without_a_bound_are_refused() -> None:
     spec = SPECS["gemma3"]
     with pytest.raises(InputError, match="none of them bounds a picture's tokens; add a resize"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import Lfm2VlImageProcessor, SmolVLMImageProcessor
 from transformers.models.got_ocr2.image_processing_got_ocr2 import (
@@ -52,11 +52,18 @@ def smart_resizes(draw: Any) -> SmartResize:
     )
 
 
+def at_most(tokens: int) -> SmartResize:
+    most = tokens * 28 * 28
+    return SmartResize(factor=28, min_pixels=3136, max_pixels=most, aspect_limit=200, filter="bicubic")
+
+
 # --- against transformers ------------------------------------------------
 
 
 @settings(max_examples=400, deadline=None)
 @given(height=edges(), width=edges(), resize=smart_resizes())
+@example(height=5129, width=5129, resize=at_most(64))  # the order of the divisions decides
+@example(height=5760, width=4608, resize=at_most(1280))
 def test_smart_size_with_an_aspect_limit(height: int, width: int, resize: SmartResize) -> None:
     try:
         wanted = smart_resize(height, width, resize.factor, resize.min_pixels, resize.max_pixels)
@@ -109,6 +116,7 @@ def grid_tiles(columns_rows: list[tuple[int, int]], height: int, width: int) -> 
     counts=st.tuples(st.integers(1, 12), st.integers(1, 12)).map(sorted),
     tile=st.tuples(st.sampled_from([32, 384, 448]), st.sampled_from([32, 448])),
 )
+@example(height=64, width=64, counts=[1, 4], tile=(32, 64))  # exactly half of the larger grid's pixels
 def test_grid_is_the_optimal_canvas(
     height: int, width: int, counts: list[int], tile: tuple[int, int]
 ) -> None:
