@@ -191,6 +191,7 @@ def _feeds(session: Session, embed: Any, decoder: ir.Model, case: ParityCase) ->
     prompt = session.prompt_ids(case.question, prepared)
     ids = np.concatenate([prompt, np.asarray(case.forced, dtype=np.int64)])
     is_image = ids == manifest.merge.token
+    is_image[len(prompt) :] = False  # an answer's tokens are text, whichever they are
     grids = [view.grid for each in prepared for view in each.views]
     positions = position_ids(manifest.positions, is_image, grids, 0)[0]
     (embeds,) = embed.run(None, {embed.get_inputs()[0].name: ids[None]})
