@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -24,6 +25,7 @@ from export import calibrate, gate, limits, proof, static, storage, target
 from export.checkpoint import Checkpoint, load, read_config
 from export.decoder import IR_VERSION
 from export.families import Family, check_type, family_of, without_tiles
+from export.gate_cases import GateReference
 from export.graphs import ROLES, trace_all
 from export.quantize import fallbacks, quantize, resolve, suffix, weight_bits
 from export.quantize_facts import min_onnxruntime
@@ -35,7 +37,6 @@ from runtime.errors import CheckpointError
 from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec, Normalise
 from runtime.manifest import (
-    CausalAttention,
     FileRef,
     Limits,
     Manifest,
@@ -151,8 +152,9 @@ def prepare(
     image_required: bool = False,
     plan: Plan | None = None,
     examples: Sequence[calibrate.Example] = (),
+    trace: bool = True,
 ) -> Facts:
-    """Trace the float32 graphs and collect the reference's forced tokens.
+    """Trace the float32 graphs (unless a format needs none) and collect the reference's forced tokens.
 
     Without `plan.split_images` a checkpoint that cuts pictures into tiles is taken without them, its reference
     too. A conversation of the bundle takes at most `plan.max_images` pictures, fewer where the context ends.
@@ -173,7 +175,7 @@ def prepare(
     prompt = claims.prompt
     for note in claims.notes:
         say(f"note: {note}")
-    kind = TorchSession if image == geometry else limits.presized(image)
+    kind = GateReference if image == geometry else limits.presized(image)
     reference = kind(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
     if not reference.stop_ids:
         raise CheckpointError(
@@ -183,10 +185,13 @@ def prepare(
     cases = gate.make_cases(
         reference, samples, text_only=prompt.user_without_image is not None, images=claims.images
     )
-    say("tracing the parts")
-    if plan.static:
+    if not trace:
+        graphs = {}
+    elif plan.static:
+        say("tracing the parts")
         graphs = static.trace_all(checkpoint, family, image, StaticSizes(context, plan.chunk, plan.masked))
     else:
+        say("tracing the parts")
         graphs = trace_all(checkpoint, family)
     return Facts(
         checkpoint,
@@ -230,7 +235,7 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
             floats, staged, draft, facts.reference, facts.cases, scratch, calibration
         )
     facts.say(f"{precision}: conformance vectors")
-    vectors = _write_conformance(facts, staged, draft, _LOGIT_SPREAD if exact else _ROUNDED_SPREAD)
+    vectors = write_conformance(facts, staged, draft, _LOGIT_SPREAD if exact else _ROUNDED_SPREAD)
     bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
     bundle.read(staged)
 
@@ -278,18 +283,18 @@ def _part_path(role: str, model: ir.Model) -> str:
     return f"onnx/{_FILES[role]}{'' if role == 'decoder_prefill' else suffix(model)}.onnx"
 
 
-def _write_conformance(facts: Facts, staged: Path, draft: Manifest, spread: float) -> FileRef:
+def write_conformance(facts: Facts, staged: Path, draft: Manifest, spread: float) -> FileRef:
     """Two pictures: a file to be turned upright and one with transparency."""
     wanted = [(case.name, case) for case in facts.cases if isinstance(case.image, bytes)][:2]
-    normalise = next(op for op in facts.image.operations if isinstance(op, Normalise))
+    # one step of a byte, where sin() differs in the filter
+    step = max((1 / min(op.divide) for op in facts.image.operations if isinstance(op, Normalise)), default=1)
     with Session.from_manifest(staged, draft, threads=1) as session:
         vectors = [conformance.record(session, name, _bytes(case), case.question) for name, case in wanted]
     peak = max(float(abs(vector.logits).max()) for vector in vectors)
     return conformance.write(
         staged,
         vectors,
-        pixels_tolerance=1.01
-        / min(normalise.divide),  # one step of a byte, where sin() differs in the filter
+        pixels_tolerance=1.01 * step,
         logit_tolerance=peak * spread,
     )
 
@@ -310,6 +315,7 @@ def draft_manifest(
     *,
     parts: Sequence[Part] | None = None,
     fixed: StaticCache | None = None,
+    to: Literal["onnx", "gguf"] = "onnx",
 ) -> Manifest:
     """The manifest of the files in `staged`, with parity and conformance still to come.
 
@@ -317,14 +323,15 @@ def draft_manifest(
     """
     image, prompt = facts.image, facts.prompt
     merge = ReplaceTokens(token=prompt.image.token)
-    positions, attention = facts.family.positions(facts.checkpoint), CausalAttention()
-    deepstack = facts.family.deepstack(facts.checkpoint)
+    positions, attention = facts.family.positions(facts.checkpoint), facts.family.attention(facts.checkpoint)
+    # llama.cpp keeps deepstack features with the others
+    deepstack = facts.family.deepstack(facts.checkpoint) if to == "onnx" else None
     if parts is None:
         parts = tuple(_part(staged, role) for role in _FILES if role in ROLES or _written(staged, role))
     used = (*image.operations, image.tokens, merge, deepstack, positions, attention, fixed)
     return Manifest(
         name=name,
-        format="onnx",
+        format=to,
         flavour=facts.plan.flavour,
         precision=precision,
         target=facts.plan.target,
@@ -337,7 +344,7 @@ def draft_manifest(
         positions=positions,
         attention=attention,
         static=fixed,
-        state=_state(parts[-1]) if fixed is None else static.states(parts[-1].inputs),
+        state=static.states(parts[-1].inputs) if fixed is not None else _state(parts[-1]),
         limits=Limits(context=facts.context, image_tokens=image.max_tokens, images=facts.images),
         tokenizer=TokenizerSpec(
             type="tokenizers-json",

@@ -37,6 +37,7 @@ from runtime.image_spec import (
     ResizeLongestEdge,
     SmartResize,
     SplitTiles,
+    ToBytes,
     ToNchw,
     ToRgb,
 )
@@ -72,8 +73,8 @@ class PreparedImage:
 
     @property
     def pixels(self) -> tuple[NDArray[Any], ...]:
-        """`pixel_values` of each view, to be compared."""
-        return tuple(view.inputs["pixel_values"] for view in self.views)
+        """What each view's pixels became, to be compared."""
+        return tuple(next(v for k, v in view.inputs.items() if k.startswith("pixel_")) for view in self.views)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int = MAX_SO
     """Load and transform one picture. Raises InputError in one line when it is no picture or too large."""
     from_file = not isinstance(source, Image.Image)
     value: Any = load(source, max_source_pixels)
-    *picture_operations, normalise, layout = spec.operations
+    *picture_operations, layout = spec.operations
+    normalise = None if isinstance(layout, ToBytes) else picture_operations.pop()
     views: list[Bytes] = []
     cut = (0, 0)
     for operation in picture_operations:
@@ -119,7 +121,7 @@ def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int = MAX_SO
     return PreparedImage(
         tuple(
             View(
-                LAYOUTS[type(layout)](_normalise(pixels, normalise), layout),
+                LAYOUTS[type(layout)](pixels if normalise is None else _normalise(pixels, normalise), layout),
                 spec.tokens.grid(*pixels.shape[:2]),
             )
             for pixels in views or [value]
@@ -258,9 +260,10 @@ OPERATIONS: dict[type, Callable[[Any, Any, bool], Any]] = {
 CUTS: dict[type, Callable[[Bytes, Any], tiles.Cut]] = {SplitTiles: tiles.split, GridTiles: tiles.grid}
 """(H, W, 3) bytes -> views as bytes, in their order, and the (rows, columns) of tiles."""
 
-LAYOUTS: dict[type, Callable[[NDArray[np.float32], Any], dict[str, NDArray[Any]]]] = {
+LAYOUTS: dict[type, Callable[[NDArray[Any], Any], dict[str, NDArray[Any]]]] = {
     ToNchw: _to_nchw,
     PatchifyBlocks: patches.blocks,
     PatchifyPadded: patches.padded,
+    ToBytes: lambda pixels, _: {"pixel_bytes": np.ascontiguousarray(pixels)},
 }
-"""A view's (H, W, 3) float32 -> the vision part's inputs by name."""
+"""A view's (H, W, 3), float32 or bytes -> the vision part's inputs by name."""

@@ -155,6 +155,12 @@ class PatchifyPadded(Contract):
     length: int = Field(gt=0)
 
 
+class ToBytes(Contract):
+    """`pixel_bytes` (height, width, 3) uint8, RGB: the vision part normalises by itself."""
+
+    op: Literal["to_bytes@1"] = "to_bytes@1"
+
+
 ImageOperation = Annotated[
     ExifRotate
     | ToRgb
@@ -166,7 +172,8 @@ ImageOperation = Annotated[
     | Normalise
     | ToNchw
     | PatchifyBlocks
-    | PatchifyPadded,
+    | PatchifyPadded
+    | ToBytes,
     Field(discriminator="op"),
 ]
 
@@ -176,7 +183,7 @@ PICTURE = ("resize_longest_edge", "resize_exact", "smart_resize")
 VIEWS = ("tiles.split", "tiles.grid")
 """Operations that cut a picture into views; at most one, after those on the picture."""
 
-LAYOUTS = ("to_nchw", "patchify.blocks", "patchify.padded")
+LAYOUTS = ("to_nchw", "patchify.blocks", "patchify.padded", "to_bytes")
 """Operations that give the vision part's inputs; exactly one, the last."""
 
 
@@ -205,19 +212,20 @@ class ImageSpec(Contract):
     def _order(self) -> ImageSpec:
         kinds = [operation.op.split("@")[0] for operation in self.operations]
         rest = kinds[1:] if kinds[:1] == ["exif_rotate"] else kinds
-        middle = rest[1:-2]
+        raw = rest[-1:] == ["to_bytes"]
+        middle = rest[1:-1] if raw else rest[1:-2]
         ordered = sorted(middle, key=lambda kind: kind in VIEWS)
         if (
             rest[:1] != ["to_rgb"]
-            or rest[-2:-1] != ["normalise"]
+            or (not raw and rest[-2:-1] != ["normalise"])
             or rest[-1] not in LAYOUTS
             or any(kind not in (*PICTURE, *VIEWS) for kind in middle)
             or sum(kind in VIEWS for kind in middle) > 1
             or middle != ordered
         ):
             raise ValueError(
-                "operations must be [exif_rotate,] to_rgb, resizes, [one that cuts into views,] normalise, "
-                f"one layout; got {kinds}"
+                "operations must be [exif_rotate,] to_rgb, resizes, [one that cuts into views,] normalise "
+                f"(not before to_bytes), one layout; got {kinds}"
             )
         return self
 

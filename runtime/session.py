@@ -407,6 +407,10 @@ def _backend(directory: Path, manifest: Manifest, settings: RunSettings, context
         from runtime.static_session import StaticBackend
 
         return StaticBackend(directory, manifest, settings)
+    if manifest.format == "gguf":
+        from runtime.gguf_session import GgufBackend
+
+        return GgufBackend(directory, manifest, settings, context)
     from runtime.onnx_session import OnnxBackend
 
     return OnnxBackend(directory, manifest, settings, context)

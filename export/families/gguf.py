@@ -137,11 +137,12 @@ QWEN = Vision(
 
 def _text_names(names: Sequence[str]) -> dict[str, str]:
     """Checkpoint name by its name in the text model alone."""
-    found = {}
-    for name in names:
-        if (match := _TEXT.match(name)) and not _VISION.match(name):
-            found[match["rest"]] = name
-    return found
+    return {short: name for name in names if (short := text_name(name))}
+
+
+def text_name(name: str) -> str:
+    """A tensor's name in the text model alone; "" for what is no part of it."""
+    return "" if _VISION.match(name) or not (match := _TEXT.match(name)) else match["rest"]
 
 
 def _text_pieces(
@@ -313,9 +314,9 @@ class SmolVlmGguf:
             writer.add_vision_attention_layernorm_eps(float(vision.get("layer_norm_eps", 1e-5)))
             writer.add_vision_projector_scale_factor(int(config.get("scale_factor", 2)))
             writer.add_vision_use_gelu(True)
-            writer.add_vision_preproc_image_size(
-                int((preprocessor.get("size") or {}).get("longest_edge", image))
-            )
+            # llama.cpp cuts tiles out of this size; the encoder's own size means none
+            whole = int((preprocessor.get("size") or {}).get("longest_edge", image))
+            writer.add_vision_preproc_image_size(whole if preprocessor.get("do_image_splitting") else image)
 
         return Plan("clip", "vision", _vision_pieces(SIGLIP, names, _none), values, has_tokenizer=False)
 

@@ -1,0 +1,181 @@
+"""Writes GGUF bundles: text model and mmproj for llama.cpp, tokenizer, conformance, and last the manifest.
+
+In: a checkpoint directory and types (`f16`, `q4_k_m`, ...). Out: bundle directories. Not here: conversion
+(`gguf_write.py`), llama.cpp's quantization (`llamacpp.py`), the checks (`gguf_gate.py`).
+
+The two files are what llama.cpp, Ollama and LM Studio open as they are; the manifest beside them is for our
+own runtime. The vision model stays at 8 bits or more.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, onnx, target
+from export.checkpoint import load
+from export.families.gguf import gguf_family
+from export.gguf_plan import Plan as FilePlan
+from export.gguf_source import Source, open_source
+from export.gguf_write import write
+from export.llamacpp import DIRECT, TensorRule, check_kind
+from export.onnx import Facts, Progress
+from export.targets import Plan
+from runtime import bundle
+from runtime.image import ImageInput
+from runtime.image_spec import ImageSpec, ToBytes
+from runtime.manifest import Fallback, Manifest, Part
+
+_TOOLS = ("torch", "transformers", "gguf", "llama-cpp-python")
+_VISION = {"f32": "f32", "f16": "f16", "bf16": "f16"}
+"""mmproj by the text model's type; q8_0 with every smaller one (q4_0 moves image features by half)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every bundle: `rules` set tensors of the text model apart, `importance`: weigh columns
+    by what image-conditioned prompts feed them."""
+
+    rules: tuple[TensorRule, ...] = ()
+    importance: bool = False
+
+
+@dataclass(frozen=True)
+class Files:
+    """Plans of the two files, and where tensors come from."""
+
+    source: Source
+    text: FilePlan
+    vision: FilePlan
+
+
+def export_gguf(
+    checkpoint: Path,
+    targets: Mapping[str, Path],
+    *,
+    names: Mapping[str, str],
+    request: Request | None = None,
+    sample_images: Sequence[ImageInput] = (),
+    image_required: bool = False,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write one bundle per type in `targets`, in that order. Raises PocketError; see the gate."""
+    for kind, path in targets.items():
+        check_kind(kind)
+        target.check(path)
+    say = progress or (lambda _: None)
+    say("reading the checkpoint")
+    found = plan_files(checkpoint)
+    facts = onnx.prepare(
+        load(checkpoint), sample_images, say, image_required=image_required, plan=plan, trace=False
+    )
+    facts = replace(facts, image=as_bytes(facts.image), geometry=facts.image)
+    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
+        work = Work(facts, found, request or Request(), Path(scratch))
+        for kind, path in targets.items():
+            with target.staging(path) as staged:
+                work.build(staged, check_kind(kind), names[kind])
+    return list(targets.values())
+
+
+def plan_files(checkpoint: Path) -> Files:
+    """Names and layouts of both files, before any weight is read."""
+    source = open_source(checkpoint)
+    family = gguf_family(str(source.config["model_type"]))
+    return Files(
+        source,
+        family.text(source.config, source.names),
+        family.vision(source.config, source.preprocessor, source.names),
+    )
+
+
+def as_bytes(image: ImageSpec) -> ImageSpec:
+    """The image section up to where llama.cpp takes over: it normalises and cuts patches itself."""
+    return image.model_copy(update={"operations": (*image.operations[:-2], ToBytes())})
+
+
+class Work:
+    """Bundles of one checkpoint; what several types need is made once, in `scratch`."""
+
+    def __init__(self, facts: Facts, files: Files, request: Request, scratch: Path) -> None:
+        self.facts, self.files, self.request, self.scratch = facts, files, request, scratch
+        self._columns: Mapping[str, NDArray[np.float32]] | None = None
+
+    def build(self, staged: Path, kind: str, name: str) -> None:
+        """Fill `staged` with a whole bundle; the manifest is the last file."""
+        facts = self.facts
+        facts.say(f"{kind}: writing text model and mmproj")
+        parts = (self._text(staged, kind, name), self._vision(staged, kind, name))
+        shutil.copyfile(facts.checkpoint.path / "tokenizer.json", staged / "tokenizer.json")
+        draft = self._draft(staged, kind, name, parts)
+        gguf_modelfile.write(staged, draft)
+        facts.say(f"{kind}: parity gate")
+        reference = None if kind in DIRECT else self._base()
+        parity = gguf_gate.check(facts, staged, draft, kind, reference)
+        facts.say(f"{kind}: conformance vectors")
+        vectors = onnx.write_conformance(facts, staged, draft, gguf_gate.SPREAD)
+        bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
+        bundle.read(staged)
+
+    def _text(self, staged: Path, kind: str, name: str) -> Part:
+        path = staged / f"{name}-{kind.upper()}.gguf"
+        if kind in DIRECT and not self.request.rules:
+            write(self.files.text, self.files.source, path, kind)
+        else:
+            columns = self._importance() if self.request.importance else None
+            llamacpp.quantize(self._base(), path, kind, rules=self.request.rules, importance=columns)
+        return _part(staged, "text_model", path, kind)
+
+    def _vision(self, staged: Path, kind: str, name: str) -> Part:
+        wanted = _VISION.get(kind, "q8_0")
+        path = staged / f"mmproj-{name}-{wanted.upper()}.gguf"
+        write(self.files.vision, self.files.source, path, wanted)
+        return _part(staged, "mmproj", path, wanted)
+
+    def _base(self) -> Path:
+        """The text model in float32, from which llama.cpp quantizes."""
+        path = self.scratch / "text-f32.gguf"
+        if not path.exists():
+            write(self.files.text, self.files.source, path, "f32")
+        return path
+
+    def _importance(self) -> Mapping[str, NDArray[np.float32]]:
+        if self._columns is None:
+            self.facts.say("importance matrix from image-conditioned prompts")
+            self._columns = gguf_importance.collect(
+                self.facts.reference, self.facts.examples or self.facts.cases, self.files.text
+            )
+        return self._columns
+
+    def _draft(self, staged: Path, kind: str, name: str, parts: tuple[Part, ...]) -> Manifest:
+        label = f"{kind}-imatrix" if self.request.importance and kind not in DIRECT else kind
+        draft = onnx.draft_manifest(self.facts, staged, label, name, parts=parts, to="gguf")
+        tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+        return draft.model_copy(update={"tool_versions": tools})
+
+
+def _part(staged: Path, role: Literal["text_model", "mmproj"], path: Path, kind: str) -> Part:
+    """Facts read back from the written file."""
+    sha256, size = bundle.digest(path)
+    return Part(
+        role=role,
+        path=path.relative_to(staged).as_posix(),
+        sha256=sha256,
+        bytes=size,
+        inputs=(),
+        outputs=(),
+        bits=llamacpp.weight_bits(path),
+        fallbacks=tuple(
+            Fallback(node=weight, asked=kind, got=got, reason="its rows are no multiple of a block")
+            for weight, got in llamacpp.fallbacks(path, kind).items()
+        ),
+    )

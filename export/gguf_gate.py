@@ -1,0 +1,220 @@
+"""The gate of GGUF bundles: llama.cpp on the written files must reproduce the checkpoint.
+
+In: files just written, the checkpoint's reference session. Out: measured figures, or a ParityError that says
+what broke. Not here: the measuring (`evals/parity.py`), the ONNX gate (`gate.py`).
+
+In this order: tokenizer on many texts; the prompt's segments; pixels up to where llama.cpp takes over; image
+features; logits on the checkpoint's own features, which hold the text model alone to a narrow limit; logits
+of the whole chain. ggml computes a vision model's first convolution and GELU in float16 tables, so features
+of float32 files differ more than the text model's logits do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tokenizers import Tokenizer
+
+from evals.parity import ParityResult, compare
+from export import gate, proof
+from export.gate import Limit
+from export.onnx import Facts
+from runtime import bundle
+from runtime.errors import ParityError
+from runtime.gguf_library import FIDELITY, TextModel
+from runtime.gguf_session import GgufBackend
+from runtime.image import ImageFeatures, prepare
+from runtime.image_spec import ImageSpec
+from runtime.manifest import Manifest, Parity
+from runtime.prompt import load_tokenizer
+from runtime.providers import RunSettings
+from runtime.session import Session
+
+SPREAD = 0.05
+"""Conformance tolerance over the largest logit: flash attention and a float16 cache in use."""
+
+TEXTS = 400
+_VISION_RMS = {"f32": 0.02, "f16": 0.02, "bf16": 0.02, "q8_0": 0.06}
+_TEXT_RMS = {"f32": 2e-3, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1}
+_WEIGHT_RMS = {"q8_0": 0.01, "q6_k": 0.03, "q5_k_m": 0.06, "q4_k_m": 0.12, "q4_0": 0.14, "iq4_nl": 0.14}
+"""Root mean square of a tensor's rounding over its own; half of a step of a grid of that many bits, roughly."""
+
+_PIECES = (
+    " ", "  ", "\n", "\n\n", "\t", "\r\n", "a", "The", "the", "red circle", "naïve", "漢字", "🙂", "0", "12", "345",
+    "1,234.5", "don't", "I'LL", "we've", "(x)", "--", "...", "é", "é", "\u200d", "ﬁ", "ß", "А", "ا", "<", ">", "_",
+)  # fmt: skip
+
+
+def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Path | None) -> Parity:
+    """Hold the files in `staged` against the checkpoint. `base`: float32 text model of a quantized one.
+
+    Raises ParityError or BundleError.
+    """
+    paths = {part.role: bundle.locate(staged, part.path) for part in draft.parts}
+    tokenizer = load_tokenizer(staged / draft.tokenizer.file.path)
+    assert facts.geometry is not None
+    gate.check_prompts(facts.checkpoint, staged, draft, facts.geometry)
+    _check_pixels(facts, facts.geometry)
+    figures: dict[str, float] = {}
+    if base is not None:
+        figures["weight_rms_error"] = same_but_rounded(base, paths["text_model"], kind)
+    backend = GgufBackend(staged, draft, RunSettings(threads=1), context_of(facts, draft), FIDELITY)
+    with Session(draft, backend, tokenizer, max_context=draft.limits.context, reuse=False) as session:
+        check_tokenizer(tokenizer, backend.text, facts.checkpoint.path)
+        reference = _WithoutPixels(facts.reference)
+        text = compare(reference, _OnReferenceFeatures(session, facts.reference), facts.cases)
+        whole = compare(reference, _WithoutPixels(session), facts.cases)
+    limits = {}
+    for result, limit in (
+        (whole, _vision_limit(draft)),
+        *([] if base is not None else [(text, _text_limit(kind))]),
+    ):
+        _judge(result, limit)
+        limits[limit.figure if result is whole else f"text_{limit.figure}"] = limit.most
+    return Parity(
+        reference=f"{gate.reference_name()}; llama.cpp without flash attention, float32 cache",
+        cases=whole.cases,
+        figures={
+            **whole.figures(),
+            **{f"text_{name}": value for name, value in text.figures().items()},
+            **figures,
+        },
+        limits=limits,
+    )
+
+
+def context_of(facts: Facts, draft: Manifest) -> int:
+    """Room for the gate's longest case, not for the whole context."""
+    longest = draft.limits.images * draft.limits.image_tokens + 1024
+    return min(draft.limits.context, longest)
+
+
+def _vision_limit(draft: Manifest) -> Limit:
+    most = {bits.scheme for bits in draft.part("mmproj").bits}
+    kind = "q8_0" if "q8_0" in most else "f16"
+    return Limit("feature_rms_error", _VISION_RMS[kind], "float16 convolution and GELU tables; 8 bit weights")
+
+
+def _text_limit(kind: str) -> Limit:
+    return Limit("logit_rms_error", _TEXT_RMS[kind], "the text model alone: weights of this type")
+
+
+def _judge(result: ParityResult, limit: Limit) -> None:
+    got = result.figures()[limit.figure]
+    if not result.ids_equal:
+        raise ParityError("gate: prompt ids differ from the checkpoint's; wrong prompt segments")
+    if not got <= limit.most:
+        raise ParityError(
+            f"gate: {limit.figure} against the checkpoint is {got:.3g}, at most {limit.most:.3g} allowed "
+            f"({limit.reason}); a file is wrong, no bundle was written"
+        )
+
+
+# --- sessions that leave something out --------------------------------
+
+
+class _WithoutPixels:
+    """A session whose pictures are not compared: its pixels are bytes, proved apart."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def prepare(self, source: Any) -> Any:
+        return _Unseen(self.session.prepare(source))
+
+    def prompt_ids(self, question: str, images: Sequence[Any]) -> Any:
+        return self.session.prompt_ids(question, [each.prepared for each in images])
+
+    def encode_image(self, image: Any) -> Any:
+        return self.session.encode_image(image.prepared)
+
+
+class _OnReferenceFeatures(_WithoutPixels):
+    """A session whose text model gets the checkpoint's own image features."""
+
+    def __init__(self, session: Session, reference: Any) -> None:
+        super().__init__(session)
+        self.reference = reference
+
+    def prepare(self, source: Any) -> Any:
+        return _Unseen(self.session.prepare(source), source)
+
+    def encode_image(self, image: Any) -> ImageFeatures:
+        found = self.reference.encode_image(self.reference.prepare(image.source))
+        grids = tuple(view.grid for view in image.prepared.views)
+        return ImageFeatures(found.tokens, grids, found.deepstack)
+
+
+class _Unseen:
+    """A prepared picture without pixels to compare."""
+
+    pixels = (np.zeros(1),)
+
+    def __init__(self, prepared: Any, source: Any = None) -> None:
+        self.prepared, self.source = prepared, source
+
+
+# --- parts of the proof -----------------------------------------------
+
+
+def _check_pixels(facts: Facts, geometry: ImageSpec) -> None:
+    """The operations before llama.cpp's own, with normalisation after them, equal the processor's."""
+    for case in facts.cases:
+        if case.image is None or isinstance(case.image, (list, tuple)):
+            continue
+        ours = np.concatenate([view.ravel() for view in prepare(case.image, geometry).pixels])
+        theirs = np.concatenate([view.ravel() for view in facts.reference.prepare(case.image).pixels])
+        if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
+            raise ParityError(f"gate: case {case.name!r}: pixels differ from the checkpoint's processor")
+
+
+def check_tokenizer(tokenizer: Tokenizer, text: TextModel, path: Path) -> int:
+    """llama.cpp's ids equal the tokenizer's on many texts; their number. Raises ParityError with the text."""
+    chosen = random.Random(0)
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    pieces = [*_PIECES, *special]
+    texts = [
+        *proof.QUESTIONS,
+        *("".join(chosen.choices(pieces, k=chosen.randint(1, 12))) for _ in range(TEXTS)),
+    ]
+    for each in texts:
+        wanted = tokenizer.encode(each, add_special_tokens=False).ids
+        if (got := text.tokenize(each)) != wanted:
+            raise ParityError(
+                f"{path}: llama.cpp reads {each!r} as ids {got[:12]}, the tokenizer as {wanted[:12]}; "
+                "its pre-tokenizer has no counterpart there"
+            )
+    return len(texts)
+
+
+def same_but_rounded(base: Path, quantized: Path, kind: str) -> float:
+    """The largest rounding of a tensor, rms over rms; names and shapes equal. Raises ParityError."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(quantized).tensors}
+    worst = 0.0
+    for plain in gguf.GGUFReader(base).tensors:
+        found = tensors.pop(plain.name, None)
+        if found is None or list(found.shape) != list(plain.shape):
+            raise ParityError(f"{quantized.name}: {plain.name} is missing or of another shape")
+        values = gguf.quants.dequantize(found.data, found.tensor_type).reshape(plain.data.shape)
+        error = float(np.sqrt(np.mean((values - plain.data) ** 2) / max(np.mean(plain.data**2), 1e-30)))
+        if not error <= _allowed(found.tensor_type.name.lower(), kind):
+            raise ParityError(f"{quantized.name}: {plain.name} is {error:.3g} off its weights, rms over rms")
+        worst = max(worst, error)
+    if tensors:
+        raise ParityError(f"{quantized.name}: holds {next(iter(tensors))}, which the checkpoint does not")
+    return worst
+
+
+def _allowed(stored: str, kind: str) -> float:
+    if stored in ("f32", "f16", "bf16"):
+        return {"f32": 0.0, "f16": 1e-3, "bf16": 5e-3}[stored]
+    by_type = {name.removesuffix("_m"): most for name, most in _WEIGHT_RMS.items()}
+    return by_type.get(stored, _WEIGHT_RMS["q4_0"] if stored[1:2] in "45" else 0.5)

@@ -1,0 +1,51 @@
+"""A `Modelfile` beside the GGUF files, so that `ollama create` takes them.
+
+In: a bundle's manifest. Out: the file. Not here: running Ollama, which has not been tried.
+
+Ollama's templates are Go's; the manifest's segments are ids, so their text is written out between Go's fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.files import write_text
+from runtime.manifest import Manifest
+from runtime.prompt import load_tokenizer
+from runtime.prompt_spec import Ids, QuestionSlot, Segment
+
+NAME = "Modelfile"
+
+
+def write(staged: Path, manifest: Manifest) -> None:
+    """Write the file; a system prompt of the template is part of it."""
+    tokenizer = load_tokenizer(staged / manifest.tokenizer.file.path)
+
+    def text(ids: tuple[int, ...]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def segment(piece: Segment) -> str:
+        if isinstance(piece, Ids):
+            return text(piece.ids)
+        # Ollama puts pictures before the prompt's text by itself
+        return f"{piece.before}{{{{ .Prompt }}}}{piece.after}" if isinstance(piece, QuestionSlot) else ""
+
+    prompt = manifest.prompt
+    template = (
+        text(prompt.system) + "".join(map(segment, prompt.user)) + text(prompt.assistant) + "{{ .Response }}"
+    )
+    stops = [f"PARAMETER stop {_quoted(text((stop,)))}" for stop in manifest.tokenizer.stop_ids]
+    lines = [
+        "# Not tried with Ollama: written from the chat template, see docs/gguf.md.",
+        f"FROM ./{manifest.part('text_model').path}",
+        f"FROM ./{manifest.part('mmproj').path}",
+        f'TEMPLATE """{template}"""',
+        *stops,
+        "PARAMETER temperature 0",
+    ]
+    write_text(staged / NAME, "\n".join(lines) + "\n")
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
