@@ -9,9 +9,11 @@ know nothing about a family, and packed projections are seen as they are.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from evals.parity import ParityCase
-from export import gptq
+from export import gptq, storage
 from export.passes import constant
 from runtime.errors import InputError
 from runtime.generation import GenerationOptions
@@ -125,8 +127,6 @@ class Calibration:
     @cached_property
     def _session(self) -> Any:
         """The decoder with the inputs of its MatMuls among the outputs."""
-        import onnxruntime
-
         model = ir.from_proto(ir.to_proto(self.decoder))
         known = {str(value.name) for value in [*model.graph.inputs, *model.graph.outputs]}
         for node in list(model.graph):
@@ -136,12 +136,19 @@ class Calibration:
             tap.dtype, tap.shape = ir.DataType.FLOAT, None
             known.add(str(tap.name))
             model.graph.outputs.append(tap)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        return onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return _opened(model)
+
+
+def _opened(model: ir.Model) -> Any:
+    """An InferenceSession of a model of any size."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path, *_ = storage.save(model, Path(folder) / "model.onnx")
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _largest(cache: NDArray[Any], *, paired: bool) -> NDArray[np.float32]:
@@ -177,11 +184,7 @@ def answered(reference: Any, examples: Sequence[Example]) -> list[ParityCase]:
 
 def collect(session: Session, embed: ir.Model, decoder: ir.Model, cases: Sequence[ParityCase]) -> Calibration:
     """Decoder inputs of every case: its prompt and its forced answer, in one pass."""
-    import onnxruntime
-
-    run = onnxruntime.InferenceSession(
-        ir.to_proto(embed).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    run = _opened(embed)
     return Calibration(decoder, [_feeds(session, run, decoder, case) for case in cases])
 
 

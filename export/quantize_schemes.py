@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from export import storage
 from export.passes import add_initializer, constant
 
 ACCURACY_LEVEL = 4  # activations rounded to int8 per block: the fast CPU kernel
@@ -53,7 +54,8 @@ def matmul_to_int8(model: ir.Model, names: Iterable[str]) -> ir.Model:
         source, target = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
         proto = ir.to_proto(model)
         del proto.graph.value_info[:]
-        onnx.save(proto, source)
+        large = len(storage.save(ir.from_proto(proto), source)) > 1
+        del proto
         quantize_dynamic(
             source,
             target,
@@ -61,6 +63,7 @@ def matmul_to_int8(model: ir.Model, names: Iterable[str]) -> ir.Model:
             nodes_to_quantize=list(names),
             per_channel=True,
             weight_type=QuantType.QInt8,
+            use_external_data_format=large,
             # custom operators stop its shape inference, so it must be told what their outputs are
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from export import audit, calibrate, gptq, passes, quantize
+from export import audit, calibrate, gptq, passes, quantize, storage
 from export.quantize import Rule
 from export.quantize_policy import SCHEMES, Scheme
 from runtime.errors import InputError
@@ -96,6 +96,15 @@ def test_calibrated_schemes_need_a_calibration() -> None:
     vision = quantize.quantize(model, "vision_encoder", (Rule("*", "*", "int4-block32-gptq"),))
     assert quantize.fallbacks(vision)[0].reason == "only the decoder is calibrated"
     assert quantize.weight_bits(vision)[0].scheme == "int4-block32"
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-block32", "int8-block64"])
+def test_a_model_that_no_single_file_holds(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain(RANDOM.standard_normal((64, 64)), RANDOM.standard_normal((64, 64)))
+    wanted = rounded(model, scheme)
+    monkeypatch.setattr(storage, "LIMIT_BYTES", 20_000)
+    x = RANDOM.standard_normal((3, 64)).astype(np.float32)
+    assert np.array_equal(run(rounded(model, scheme), x), run(wanted, x))
 
 
 # --- float16 ----------------------------------------------------------
