@@ -148,7 +148,10 @@ def _blocks_to_float(graph: ir.Graph, node: ir.Node, twin: Twin) -> None:
     step = np.broadcast_to(np.abs(scale), grid.shape).reshape(columns, -1)[:, :width].T
     if str(node.name).endswith(GPTQ):
         twin.calibrated[f"{node.name}.float.weight"] = (str(node.name).removesuffix(GPTQ), block)
-    _replace(graph, node, "MatMul", [node.inputs[0]], weight, (step, _CLIPPED), twin.steps)
+    half = node.inputs[2] is not None and str(node.inputs[2].name).endswith(f"{HALF}.float")
+    # a scale that is off by half a float16 step (2^-11) moves the outermost level by so many grid steps
+    moved = 2.0 ** (bits - 1) * 2.0**-11 if half else 0.0
+    _replace(graph, node, "MatMul", [node.inputs[0]], weight, (step, _CLIPPED + moved), twin.steps)
 
 
 def _dynamic_to_float(graph: ir.Graph, node: ir.Node, steps: Steps) -> None:

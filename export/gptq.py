@@ -135,7 +135,7 @@ def _best_scale(block: Floats, importance: Floats) -> Floats:
         level = np.clip(np.rint(_divide(block, scale[:, None])), -8, 7)
         lost = (np.square(block - level * scale[:, None]) * importance).sum(axis=1)
         best, least = np.where(lost < least, scale, best), np.minimum(lost, least)
-    return best.astype(np.float32)
+    return best.astype(np.float16).astype(np.float32)  # so that a float16 graph stores the same scale
 
 
 def _blocks(weight: Floats, size: int) -> Floats:

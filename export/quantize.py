@@ -162,6 +162,8 @@ def _apply(
             gptq.write(model, rounded)
         else:
             model = quantize_schemes.matmul_to_blocks(model, names, blocks.bits, blocks.size)
+    if chosen.get("fp16"):
+        quantize_fp16.follow(model)
     if names := chosen.get("int8-dynamic"):
         model = quantize_schemes.matmul_to_int8(model, names)
     return model

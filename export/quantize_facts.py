@@ -45,8 +45,9 @@ def weight_bits(model: ir.Model) -> tuple[WeightBits, ...]:
 
 
 def suffix(model: ir.Model) -> str:
-    """`_q4`, `_int8`, `_fp16` or nothing: what the part holds, so an int4 bundle's vision is `_int8`."""
-    return _SUFFIXES.get(min((entry.bits for entry in weight_bits(model)), default=32), "")
+    """`_q4`, `_q4f16`, `_int8`, `_fp16` or nothing, by what the part holds (int4's vision is `_int8`)."""
+    bits = {entry.bits for entry in weight_bits(model)}
+    return "_q4f16" if {4, 16} <= bits else _SUFFIXES.get(min(bits, default=32), "")
 
 
 def min_onnxruntime(model: ir.Model) -> str:

@@ -31,6 +31,7 @@ _FUSED: dict[tuple[str, str], tuple[int, ...]] = {
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): (0, 1, 2, 3),
     (MICROSOFT, "SkipLayerNormalization"): (0, 1, 2, 3, 4),
     (MICROSOFT, "RotaryEmbedding"): (0, 2, 3),
+    (MICROSOFT, "MatMulNBits"): (0, 2),
     (MICROSOFT, "FastGelu"): (0, 1),
     (MICROSOFT, "Gelu"): (0,),
     (MICROSOFT, "QuickGelu"): (0,),
@@ -117,6 +118,24 @@ def to_half(model: ir.Model, names: Iterable[str]) -> None:
     _retype_cache(graph)
     common.RemoveUnusedNodesPass()(model)
     drop_unused_weights(model)
+
+
+def follow(model: ir.Model) -> None:
+    """Blocks of 4 or 8 bits whose input comes from a float16 node take and give float16, their scales too."""
+    names = [
+        str(node.name)
+        for node in model.graph
+        if node.op_type == "MatMulNBits"
+        and (source := node.inputs[0].producer() if node.inputs[0] is not None else None) is not None
+        and str(source.name).endswith(SINGLE)
+    ]
+    for node in model.graph:
+        if node.name in names:
+            for value in (node.inputs[0], node.inputs[2], node.outputs[0]):
+                assert value is not None
+                value.dtype = ir.DataType.FLOAT  # the quantizer does not say so
+    if names:
+        to_half(model, names)
 
 
 def _half(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:

@@ -103,12 +103,12 @@ POLICIES: dict[str, tuple[Rule, ...]] = {
 """Base names; `NAMES` tells what may follow them."""
 
 NAMES = (
-    "fp32, fp16, int8, int8-blocks, int4; then -b64 or -b128 (int4, int8-blocks), -gptq (int4), -kv8, "
-    "-prefill8 (int4, int8-blocks)"
+    "fp32, fp16, int8, int8-blocks, int4; then -b64 or -b128 (int4, int8-blocks), -gptq (int4), "
+    "-fp16 (int4, int8-blocks), -kv8, -prefill8 (int4, int8-blocks)"
 )
 _NAME = re.compile(
-    r"(?P<base>fp32|fp16|int8-blocks|int8|int4)(?P<size>-b(?:32|64|128))?(?P<gptq>-gptq)?(?P<kv>-kv8)?"
-    r"(?P<prefill>-prefill8)?"
+    r"(?P<base>fp32|fp16|int8-blocks|int8|int4)(?P<size>-b(?:32|64|128))?(?P<gptq>-gptq)?(?P<half>-fp16)?"
+    r"(?P<kv>-kv8)?(?P<prefill>-prefill8)?"
 )
 
 
@@ -120,8 +120,8 @@ def resolve(precision: str) -> Policy:
 
 
 def named(precision: str) -> Policy:
-    """`int4`: blocks of 32; `-b64`, `-b128`: larger; `-gptq`: calibrated weights; `-kv8`: int8 KV cache;
-    `-prefill8`: a second decoder graph for prompts, in int8."""
+    """`int4`: blocks of 32; `-b64`, `-b128`: larger; `-gptq`: calibrated weights; `-fp16`: the rest float16;
+    `-kv8`: int8 KV cache; `-prefill8`: a second decoder graph for prompts, in int8."""
     found = _NAME.fullmatch(precision)
     if found is None or not _fits(found):
         near = difflib.get_close_matches(precision, [*POLICIES, "int4-b64", "int4-gptq", "int4-kv8"], n=1)
@@ -135,6 +135,8 @@ def named(precision: str) -> Policy:
             Rule(r.part, r.node, f"{r.scheme}-gptq") if r.scheme.startswith("int4") else r  # type: ignore[arg-type]
             for r in rules
         ]
+    if found["half"]:
+        rules = [*(rule for rule in rules if rule.part == "decoder"), Rule("*", "*", "fp16")]
     if found["kv"]:
         rules.insert(0, Rule("decoder", "GroupQueryAttention:*", "int8-kv"))
     if found["prefill"]:
@@ -156,7 +158,7 @@ def _second_decoder(rules: Sequence[Rule]) -> list[Rule]:
 
 def _fits(name: re.Match[str]) -> bool:
     blocks = name["base"] in ("int4", "int8-blocks")
-    sized = blocks or not (name["size"] or name["prefill"])
+    sized = blocks or not (name["size"] or name["half"] or name["prefill"])
     return sized and (name["base"] == "int4" or not name["gptq"])
 
 

@@ -134,6 +134,20 @@ def test_float16_of_one_node_leaves_the_others() -> None:
     assert relative(run(found, x), run(model, x)) < 2e-3
 
 
+@pytest.mark.parametrize(("scheme", "bits"), [("int4-block32", 4), ("int8-block64", 8)])
+def test_blocks_between_float16_nodes_are_float16_with_their_scales(scheme: Scheme, bits: int) -> None:
+    model = chain(*(RANDOM.standard_normal((64, 64)) for _ in range(3)))
+    rules = (Rule("*", "MatMul:m1", scheme), Rule("*", "*", "fp16"))
+    found = quantize.quantize(model, "decoder", rules)
+    assert {entry.bits for entry in quantize.weight_bits(found)} == {bits, 16}
+    assert len([node for node in found.graph if node.op_type == "Cast"]) == 2  # at the borders
+    assert quantize.suffix(found) == ("_q4f16" if bits == 4 else "_int8")
+    twin = audit.float_twin(found)
+    assert audit.same_but_rounded(model, twin, "part") <= 1.07
+    x = RANDOM.standard_normal((5, 64)).astype(np.float32)
+    assert relative(run(found, x), run(twin.model, x)) < 0.02
+
+
 def test_a_weight_that_float16_cannot_hold_stays(capsys: pytest.CaptureFixture[str]) -> None:
     model = chain(np.full((4, 4), 1e6), RANDOM.standard_normal((4, 4)))
     found = rounded(model, "fp16", "*")

@@ -20,6 +20,7 @@ from runtime.errors import InputError
         ("int8-kv8", "int8-dynamic", "int8-kv"),
         ("int8-blocks-b128", "int8-block128", "keep"),
         ("int4", "int4-block32", "keep"),
+        ("int8-blocks-fp16", "int8-block32", "fp16"),
         ("int4-b64-gptq-kv8", "int4-block64-gptq", "int8-kv"),
     ],
 )
@@ -43,7 +44,10 @@ def test_vision_and_embedding_never_go_below_eight_bits(name: str) -> None:
         assert not _first(policies.named(name).rules, part, label).startswith("int4")
 
 
-@pytest.mark.parametrize("wrong", ["int3", "fp32-b64", "int8-gptq", "int4-kv4", "int4-kv8-gptq", "", "INT4"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["int3", "fp32-b64", "int8-gptq", "int4-kv4", "int4-kv8-gptq", "fp16-fp16", "int8-fp16", "", "INT4"],
+)
 def test_what_is_no_name_is_refused_with_the_names(wrong: str) -> None:
     with pytest.raises(InputError, match=r"is not known; .*choose from fp32, fp16, int8"):
         policies.resolve(wrong)
