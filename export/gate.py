@@ -121,6 +121,7 @@ def check_quantized(
     calibration: Calibration | None = None,
     twin_of: Callable[[ir.Model], audit.Twin] = audit.float_twin,
     geometry: ImageSpec | None = None,
+    allowed: Sequence[Limit] = ROUNDED_LIMITS,
 ) -> Parity:
     """Audit the written parts against the float graphs, then run them against their float twins.
 
@@ -148,7 +149,7 @@ def check_quantized(
             GateSession.from_manifest(Path(folder), audit.twin_manifest(draft), threads=1) as twin_session,
             GateSession.from_manifest(staged, draft, threads=1) as session,
         ):
-            against_twin = _measure(twin_session, session, cases, ROUNDED_LIMITS, "float twin")
+            against_twin = _measure(twin_session, session, cases, allowed, "float twin")
             later = _check_later(
                 session,
                 cases,
@@ -161,7 +162,7 @@ def check_quantized(
     twin_figures = {f"twin_{key}": value for key, value in against_twin.figures().items()}
     twin_figures |= {f"twin_{limit.figure}": got for limit, got in later.items()}
     figures |= {limit.figure: got for limit, got in rows.items()}
-    limits = {f"twin_{limit.figure}": limit.most for limit in (*ROUNDED_LIMITS, *later)}
+    limits = {f"twin_{limit.figure}": limit.most for limit in (*allowed, *later)}
     limits |= {limit.figure: limit.most for limit in rows}
     return Parity(
         reference=f"{reference_name()}; twin: the same rounded weights in float32",

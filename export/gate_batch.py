@@ -37,17 +37,21 @@ class Row:
 
 def rows_of(session: Session, cases: Sequence[ParityCase]) -> list[Row]:
     """Prompts of the shortest, the longest and another case; of one length where padding is no option."""
-    found = []
-    for case in cases:
-        prepared = [session.prepare(each) for each in sources_of(case.image)]
-        ids = session.prompt_ids(case.question, prepared)
-        features = tuple(session.encode_image(each) for each in prepared)
-        found.append(Row(ids, session.positions(ids, prepared), features))
-    found.sort(key=lambda row: len(row.ids))
     if any(not state.rewindable for state in session.manifest.state):
-        length = max({len(row.ids) for row in found}, key=[len(row.ids) for row in found].count)
-        return [row for row in found if len(row.ids) == length][:ROWS]
+        question = cases[0].question  # with one question, lengths differ by the pictures alone
+        rows = [_row(session, question, case) for case in cases if case.image is not None]
+        lengths = [len(row.ids) for row in rows]
+        length = max(lengths, key=lengths.count)
+        return [row for row in rows if len(row.ids) == length][:ROWS]
+    found = sorted((_row(session, case.question, case) for case in cases), key=lambda row: len(row.ids))
     return [found[0], found[len(found) // 2], found[-1]]
+
+
+def _row(session: Session, question: str, case: ParityCase) -> Row:
+    prepared = [session.prepare(each) for each in sources_of(case.image)]
+    ids = session.prompt_ids(question, prepared)
+    features = tuple(session.encode_image(each) for each in prepared)
+    return Row(ids, session.positions(ids, prepared), features)
 
 
 class BatchDecoder:
