@@ -22,6 +22,7 @@ from runtime.errors import InputError, MissingExtra, PocketError
 if TYPE_CHECKING:
     from distill.recipe import Recipe
     from evals.latency import Measured
+    from export.targets import Plan
     from runtime.generation import GenerationOptions
     from runtime.session import GenerationStats, Session
 
@@ -362,16 +363,45 @@ def _timing_line(load_ms: float, stats: GenerationStats) -> str:
 
     pocketvlm export student/ --to onnx --precision int8 --out bundles
 
-    pocketvlm export student/ --precision fp32,int8,int4 --out bundles --name student
+    pocketvlm export student/ --target raspberry-pi --out bundles --name student
+
+    pocketvlm export student/ --target android --max-context 1024 --max-image-tokens 256 --out bundles
+
+    pocketvlm export student/ --quant auto --max-drop 0.5 --data questions.jsonl --out bundles
 """
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint directory.")],
     out: Annotated[Path, typer.Option(help="Directory that the bundles go into.")],
     to: Annotated[str, typer.Option(help="Format: onnx.")] = "onnx",
+    target: Annotated[
+        str | None,
+        typer.Option(help="android, jetson-orin, raspberry-pi, cpu or browser: sets what follows."),
+    ] = None,
+    flavour: Annotated[
+        str | None,
+        typer.Option(help="ort-fused (CPU, GPU), or portable-static (TensorRT, QNN, Core ML provider)."),
+    ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, int8, int4, or several of them separated by commas.")
-    ] = "fp32",
+        str | None,
+        typer.Option(help="One or several, by commas: fp32, fp16, int8, int4, int4-b64, qdq-int8, ..."),
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="auto: search the smallest inside --max-drop; or a policy.yaml.")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="Points of accuracy that --quant auto may lose.")] = 0.5,
+    data: Annotated[
+        Path | None, typer.Option(help="JSON lines that --quant auto asks; default: easy-VQA.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many of these questions.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sequence.")] = None,
+    max_image_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of one picture: fewer tiles or pixels.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Most pictures of a conversation.")] = None,
+    split: Annotated[
+        bool, typer.Option("--split/--no-split", help="Cut pictures into tiles if the model does.")
+    ] = True,
     name: Annotated[str | None, typer.Option(help="Name of the bundles; default: the checkpoint's.")] = None,
     image_required: Annotated[
         bool, typer.Option("--image-required", help="The bundle refuses a question without an image.")
@@ -379,21 +409,74 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Export a checkpoint to bundles that answer as it does; their paths go to stdout, one a line."""
-    precisions = list(dict.fromkeys(part.strip() for part in precision.split(",") if part.strip()))
-    if not precisions:
-        raise InputError("--precision: got nothing, expected fp32, int8 or int4")
-    _require("export", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))
-    from export import export_all
+    from export.targets import plan_for
 
+    plan = plan_for(
+        target,
+        to=to,
+        flavour=flavour,
+        max_context=max_context,
+        max_image_tokens=max_image_tokens,
+        max_images=images,
+        split_images=split,
+    )
+    precisions = _precisions(plan, precision, quant)
+    _require("export", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))
+    shared: dict[str, Any] = {"plan": plan, "image_required": image_required}
     with _progress("export") as progress:
-        bundles = export_all(
-            checkpoint, out, precisions, to=to, name=name, image_required=image_required, progress=progress
-        )
+        if quant == "auto":
+            from export.auto import auto_quantize
+
+            called = "-".join([name or checkpoint.resolve().name, to, *([target] if target else []), "auto"])
+            result = auto_quantize(
+                checkpoint,
+                out / called,
+                max_drop=max_drop,
+                data=data,
+                limit=limit,
+                progress=progress,
+                **shared,
+            )
+            bundles = [result.bundle]
+        else:
+            from export import export_all
+
+            bundles = export_all(checkpoint, out, precisions, to=to, name=name, progress=progress, **shared)
+    _print_bundles(bundles, as_json)
+
+
+def _precisions(plan: Plan, precision: str | None, quant: str | None) -> list[str]:
+    """What --precision and --quant ask for; a target has its own."""
+    from export.targets import default_precision
+
+    if quant is not None and precision is not None:
+        raise InputError(f"--quant {quant}: says the precision, so leave --precision {precision} out")
+    if quant not in (None, "auto") and not str(quant).endswith((".yaml", ".yml")):
+        raise InputError(f"--quant: got {quant}, expected auto or a policy file ending in .yaml")
+    asked = quant or precision
+    if asked is None:
+        return [default_precision(plan)]
+    found = list(dict.fromkeys(part.strip() for part in asked.split(",") if part.strip()))
+    if not found:
+        raise InputError("--precision: got nothing, expected fp32, int8 or int4")
+    return found
+
+
+def _print_bundles(bundles: Sequence[Path], as_json: bool) -> None:
+    """Paths on stdout, a table of what was written on stderr."""
+    from export import summary
+
     if as_json:
-        typer.echo(json.dumps({"bundles": [str(path) for path in bundles]}))
-    else:
-        for path in bundles:
-            typer.echo(path)
+        found = [summary.facts(path) for path in bundles]
+        typer.echo(json.dumps({"bundles": [str(path) for path in bundles], "facts": found}))
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    for path in bundles:
+        console.print(summary.table(path))
+    for path in bundles:
+        typer.echo(path)
 
 
 def _require(extra: str, modules: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.quantize_policy import resolve
+from export.targets import STATIC_PRECISIONS, Plan, check_precision
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,24 +37,25 @@ def export_checkpoint(
     name: str | None = None,
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
+    plan: Plan | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write one bundle to `out` and return it; the parity gate has passed when this returns.
 
     `sample_images` (paths, bytes or PIL images) join the gate's own pictures. With `image_required` the
     bundle refuses a question without an image, which a model that never saw one would answer blindly.
+    `plan` (`export.targets.plan_for`) says for which target; by default for any computer.
     `progress` gets one line at the start of every step.
     Raises PocketError: CheckpointError, InputError, ParityError or StateError.
     """
-    _check_names(to, [precision])
-    from export.onnx import export_onnx
-
-    found = export_onnx(
+    _check_names(to, [precision], plan)
+    found = _writer(plan)(
         Path(checkpoint),
         {precision: Path(out)},
         names={precision: name or Path(out).name},
         sample_images=sample_images,
         image_required=image_required,
+        plan=plan,
         progress=progress,
     )
     return found[0]
@@ -68,33 +70,56 @@ def export_all(
     name: str | None = None,
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
+    plan: Plan | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write `<out_dir>/<name>-<to>-<precision>` for every precision from one trace of the checkpoint.
 
-    `name` is the checkpoint directory's by default. Raises as `export_checkpoint` does; bundles finished
-    before the error stay.
+    A plan's target, or its flavour portable-static, joins the name. `name` is the checkpoint directory's by
+    default. Raises as `export_checkpoint` does; bundles finished before the error stay.
     """
-    _check_names(to, precisions)
-    from export.onnx import export_onnx
-
-    base = name or Path(checkpoint).resolve().name
-    names = {precision: f"{base}-{to}-{resolve(precision).name}" for precision in precisions}
+    _check_names(to, precisions, plan)
+    base = "-".join([name or Path(checkpoint).resolve().name, to, *_marks(plan)])
+    names = {precision: f"{base}-{_short(precision)}" for precision in precisions}
     targets = {precision: Path(out_dir) / names[precision] for precision in precisions}
-    return export_onnx(
+    return _writer(plan)(
         Path(checkpoint),
         targets,
         names=names,
         sample_images=sample_images,
         image_required=image_required,
+        plan=plan,
         progress=progress,
     )
 
 
-def _check_names(to: str, precisions: Sequence[str]) -> None:
+def _writer(plan: Plan | None) -> Callable[..., list[Path]]:
+    if plan is not None and plan.static:
+        from export.static_bundle import export_static
+
+        return export_static
+    from export.onnx import export_onnx
+
+    return export_onnx
+
+
+def _marks(plan: Plan | None) -> list[str]:
+    """What of a plan stands in a bundle's name."""
+    if plan is None:
+        return []
+    return [plan.target] if plan.target else ["static"] if plan.static else []
+
+
+def _short(precision: str) -> str:
+    return precision if precision in STATIC_PRECISIONS else resolve(precision).name
+
+
+def _check_names(to: str, precisions: Sequence[str], plan: Plan | None) -> None:
     if to not in FORMATS:
         raise InputError(f"format {to!r} is not known; choose from {', '.join(FORMATS)}")
     if not precisions:
         raise InputError(f"no precision given; choose from {', '.join(PRECISIONS)}")
     for precision in precisions:
-        resolve(precision)
+        check_precision(plan or Plan(), precision)
+        if not precision.startswith("qdq-"):
+            resolve(precision)

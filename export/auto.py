@@ -29,6 +29,7 @@ from evals.accuracy import AccuracyResult, compare_methods, evaluate
 from export import auto_data, calibrate, target
 from export.auto_report import Candidate, Result, frontier, write
 from export.quantize_policy import Policy, Rule, Scheme, dump
+from export.targets import Plan
 from runtime import files
 from runtime.errors import InputError, StateError
 from runtime.image import ImageInput
@@ -89,6 +90,7 @@ def auto_quantize(
     name: str | None = None,
     image_required: bool = False,
     sample_images: Sequence[ImageInput] = (),
+    plan: Plan | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Result:
     """Search, write the chosen bundle through the gate, and ask it the held-out questions.
@@ -98,6 +100,8 @@ def auto_quantize(
     """
     if not (math.isfinite(max_drop) and 0 <= max_drop < 100):
         raise InputError(f"max_drop: got {max_drop}, expected points from 0 to below 100")
+    if plan is not None and plan.static:
+        raise InputError("--quant auto: searches schemes of the flavour ort-fused; give --flavour ort-fused")
     out = Path(out)
     target.check(out)
     split = auto_data.load(data, limit)
@@ -112,7 +116,9 @@ def auto_quantize(
     with files.lock(work):
         _claim(work, {"checkpoint": opened.sha256, "questions": split.sha256})
         examples = auto_data.examples(split.validation, CALIBRATION_EXAMPLES)
-        facts = onnx.prepare(opened, sample_images, say, image_required=image_required, examples=examples)
+        facts = onnx.prepare(
+            opened, sample_images, say, image_required=image_required, plan=plan, examples=examples
+        )
         with tempfile.TemporaryDirectory(prefix="pocketvlm-auto-") as scratch:
             search = _Search(facts, split, work, Path(scratch), max_drop, say)
             chosen = search.run()

@@ -1,7 +1,7 @@
 """Ceilings of a plan: image tokens of a picture, tokens of a sequence; and pictures brought to one size.
 
-In: a checkpoint and the plan's ceilings. Out: the checkpoint's processor held to them, the context, a reference
-session over pictures of one size. Not here: what the operations become (`runtime/image_limits.py`).
+In: a checkpoint and the plan's ceilings. Out: the checkpoint's processor held to them, the context, a
+reference session over pictures of one size. Not here: what the operations become (`runtime/image_limits.py`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def hold(checkpoint: Checkpoint, family: Family, max_tokens: int | None) -> Chan
             return _flat(settings)
         _apply(checkpoint.processor.image_processor, {key: before[key] for key in settings})
     raise InputError(
-        f"max_image_tokens: {max_tokens} cannot be set in this checkpoint's image processor, so that the gate "
+        f"max_image_tokens: {max_tokens} cannot be set in this checkpoint's image processor, so the gate "
         "could not compare; give a larger number or --no-split"
     )
 
@@ -123,8 +123,8 @@ def context(checkpoint: Checkpoint, family: Family, image: ImageSpec, ceiling: i
         return own
     if ceiling < image.max_tokens + LEAST_TOKENS:
         raise InputError(
-            f"max_context: {ceiling} tokens hold no picture of {image.max_tokens} with {LEAST_TOKENS} tokens of "
-            f"text; give {image.max_tokens + LEAST_TOKENS} or more, or fewer --max-image-tokens"
+            f"max_context: {ceiling} tokens hold no picture of {image.max_tokens} and {LEAST_TOKENS} tokens "
+            f"of text; give {image.max_tokens + LEAST_TOKENS} or more, or fewer --max-image-tokens"
         )
     return ceiling
 

@@ -1,7 +1,7 @@
 """The four float32 graphs of fixed shapes and standard operators (flavour `portable-static`).
 
-In: a checkpoint, its family, an image section whose views have one shape, sizes. Out: `onnx_ir` models by role.
-Not here: the decoder (`static_decoder.py`), rounding (`static_qdq.py`), files (`static_files.py`).
+In: a checkpoint, its family, an image section whose views have one shape, sizes. Out: `onnx_ir` models by
+role. Not here: the decoder (`static_decoder.py`), rounding (`static_qdq.py`), files (`static_files.py`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ROLES = ("vision_encoder", "embed_tokens", "decoder_prefill", "decoder")
 def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     """The section with every view of one shape: a resize to any size becomes one to a square of tokens.
 
-    Tiles have one shape already. A square of any-size models has as many tokens as `max_tokens` (by default the
-    most that the section allows) leaves room for; the aspect of a picture is not kept. Raises InputError.
+    Tiles have one shape already. A square of any-size models has as many tokens as `max_tokens` (by default
+    the most that the section allows) leaves room for; the aspect of a picture is not kept. Raises InputError.
     """
     *before, last, normalise, layout = spec.operations
     if isinstance(layout, PatchifyPadded):

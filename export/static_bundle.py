@@ -1,7 +1,7 @@
 """Writes bundles of the flavour `portable-static`: four graphs, weights once, through the same gate.
 
-In: a checkpoint directory, precisions and a plan. Out: bundle directories. Not here: tracing (`static.py`), static
-rounding (`static_qdq.py`), what both flavours share (`onnx.py`).
+In: a checkpoint directory, precisions and a plan. Out: bundle directories. Not here: tracing (`static.py`),
+static rounding (`static_qdq.py`), what both flavours share (`onnx.py`).
 """
 
 from __future__ import annotations
@@ -145,6 +145,17 @@ def check_float(facts: Facts, staged: Path, found: Manifest) -> Parity:
     )
 
 
+def _limits(precision: str) -> Sequence[gate.Limit]:
+    """A recipe has its own limit on the logits."""
+    if precision not in RECIPES:
+        return gate.ROUNDED_LIMITS
+    recipe = RECIPES[precision]
+    return [
+        *(limit for limit in gate.ROUNDED_LIMITS if limit.figure != "logit_rms_error"),
+        gate.Limit("logit_rms_error", recipe.most_error, recipe.reason),
+    ]
+
+
 def _check_rounded(facts: Facts, staged: Path, found: Manifest, scratch: Path) -> Parity:
     return gate.check_quantized(
         facts.graphs,
@@ -154,4 +165,6 @@ def _check_rounded(facts: Facts, staged: Path, found: Manifest, scratch: Path) -
         facts.cases,
         scratch,
         twin_of=static_qdq.float_twin,
+        geometry=facts.geometry,
+        allowed=_limits(found.precision),
     )

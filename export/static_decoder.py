@@ -1,14 +1,14 @@
 """Decoder graphs of standard operators and fixed shapes: a chunk of a prompt, or one token.
 
-In: a transformers text model and its LM head. Out: an `onnx_ir.Model`:
-`inputs_embeds, position_ids, past_mask, past_key_values.N.key|value [, logits_index] [, deepstack_embeds]
--> logits, present.N.key|value`. Not here: graphs of moving shapes (`decoder.py`), the other parts (`static.py`).
+In: a transformers text model and its LM head. Out: an `onnx_ir.Model`: `inputs_embeds, position_ids,
+past_mask, past_key_values.N.key|value [, logits_index] [, deepstack_embeds] -> logits, present.N.key|value`.
+Not here: graphs of moving shapes (`decoder.py`), the other parts (`static.py`).
 
 The past is read where it lies and never written: attention is taken over two pieces, the buffers and the new
-tokens, whose scores meet in one softmax. So no graph has a scatter or a copy of the cache, and its outputs are the
-new entries alone. Keys lie transposed, (1, KV, D, context), ready to be multiplied. Heads that share keys are
-stacked as rows of one matrix, so nothing is repeated. What overflows float16 is scaled first (`_rms_norm`); rotary
-angles come from tables, because cosines computed in float16 drift with the position.
+tokens, whose scores meet in one softmax. So no graph has a scatter or a copy of the cache, and its outputs
+are the new entries alone. Keys lie transposed, (1, KV, D, context), ready to be multiplied. Heads that share
+keys are stacked as rows of one matrix, so nothing is repeated. What overflows float16 is scaled first
+(`_rms_norm`); rotary angles come from tables, because cosines computed in float16 drift with the position.
 All changes to transformers are scoped: they end with `_traceable`, also on an error.
 """
 
@@ -99,8 +99,8 @@ class _Trace:
 def _rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Stands in for an RMSNorm's forward during the trace; (..., hidden) -> same.
 
-    With s the largest magnitude (at least sqrt(eps)): x / sqrt(mean(x^2) + eps) =
-    (x / s) / sqrt(mean((x / s)^2) + eps / s^2), whose squares are at most 1. In float16 x^2 overflows above 256.
+    x / sqrt(mean(x^2) + eps) = y / sqrt(mean(y^2) + eps / s^2) with y = x / s, where s is the largest
+    magnitude (at least sqrt(eps)): squares are then at most 1, while x^2 overflows float16 above 256.
     """
     root = math.sqrt(float(getattr(module, "variance_epsilon", None) or module.eps))
     scale = hidden.abs().amax(dim=-1, keepdim=True).clamp(min=root)

@@ -1,10 +1,10 @@
 """Writes graphs that share their weights: every distinct tensor once, in files that all graphs refer to.
 
-In: models by file name. Out: graph files and data files. Not here: which graphs there are, hashes; a part with
-weights of its own (`storage.py`).
+In: models by file name. Out: graph files and data files. Not here: which graphs there are, hashes; a part
+with weights of its own (`storage.py`).
 
-Prefill and decode are two graphs over the same weights. Tensors are recognised by their bytes, so rounded weights
-and tables are shared as well. Small ones stay in the graphs, where a provider wants them at once.
+Prefill and decode are two graphs over the same weights. Tensors are recognised by their bytes, so rounded
+weights and tables are shared as well. Small ones stay in the graphs, where a provider wants them at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Device classes as data: what an export to each of them is, and what a user changed about it.
 
-In: a target's name and overrides. Out: a `Plan`. Not here: exporting; this module imports neither onnx nor torch.
+In: a target's name and overrides. Out: a `Plan`. Not here: exporting; this module imports neither onnx nor
+torch.
 
 A row is a default, not a promise: which of them ran on the hardware they are named for is in docs/targets.md.
 """
@@ -67,7 +68,7 @@ TARGETS: tuple[Target, ...] = (
         max_context=2048, max_image_tokens=1024, max_images=2,
     ),
     Target(
-        "android", "Android phone with a Qualcomm NPU: QNN, HTP backend", "onnx", "portable-static", "qdq-a16w8",
+        "android", "Android phone with a Qualcomm NPU (QNN, HTP)", "onnx", "portable-static", "qdq-a16w8",
         {"vision_encoder": 8, "embed_tokens": 8, "decoder": 8}, ("QNNExecutionProvider", CPU), _FIXED,
         max_context=2048, max_image_tokens=1024, max_images=2,
     ),
@@ -97,8 +98,8 @@ TARGETS: tuple[Target, ...] = (
 class Plan:
     """What one export makes, beside its precision. None: as the model has it.
 
-    `max_context`, `max_image_tokens` (of one picture) and `max_images` are ceilings. `chunk` and `masked` are for
-    portable-static.
+    `max_context`, `max_image_tokens` (of one picture) and `max_images` are ceilings. `chunk` and `masked` are
+    for portable-static.
     """
 
     flavour: Flavour = "ort-fused"
