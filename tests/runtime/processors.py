@@ -65,6 +65,22 @@ def processors() -> dict[str, tuple[Any, TokenGrid]]:
     }
 
 
+def small_processors() -> dict[str, tuple[Any, TokenGrid]]:
+    """The same kinds with a few pixels, so that many sizes can be tried."""
+    tokens = TokenGrid(patch=4, merge=2)
+    split = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
+    patches = {"patch_size": 4, "size": {"shortest_edge": 256, "longest_edge": 64 * 40}}
+    tiles = {"size": {"height": 16, "width": 24}, "crop_to_patches": True, "max_patches": 6}
+    adaptive = {"encoder_patch_size": 4, "tile_size": 32, "min_image_tokens": 4, "max_image_tokens": 16}
+    return {
+        "split": (SmolVLMImageProcessor(**split), tokens),
+        "smart": (Qwen2VLImageProcessor(**patches), tokens),
+        "grid": (GotOcr2ImageProcessor(**tiles), tokens),
+        "adaptive": (Lfm2VlImageProcessor(**adaptive), tokens),
+        "square": (Gemma3ImageProcessor(size={"height": 40, "width": 24}), tokens),
+    }
+
+
 def spec_of(processor: Any, tokens: TokenGrid) -> ImageSpec:
     """The image section that reproduces a processor of one of the kinds above."""
     kind = type(processor).__name__

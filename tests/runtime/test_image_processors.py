@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import image
 from runtime.errors import InputError
 from runtime.image import PreparedImage
-from tests.runtime.processors import processors, spec_of
+from tests.runtime.processors import processors, small_processors, spec_of
 
-PROCESSORS = processors()
+PROCESSORS = {**processors(), **small_processors()}
 SPECS = {name: spec_of(*found) for name, found in PROCESSORS.items()}
 SHAPES = [
     (1000, 1), (1, 1000), (333, 777), (1024, 768), (5, 3), (1, 1), (2000, 300), (513, 512), (640, 512)
@@ -66,7 +68,7 @@ def assert_same(name: str, source: Any, ours: Any = None) -> PreparedImage:
 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", processors())
 def test_views(name: str, width: int, height: int) -> None:
     source = picture(width, height)
     if name.startswith("qwen") and max(width, height) > 200 * min(width, height):
@@ -80,6 +82,17 @@ def test_views(name: str, width: int, height: int) -> None:
     assert prepared.tokens <= SPECS[name].max_tokens
     rows, columns = prepared.tiles
     assert len(prepared.views) - rows * columns in (0, 1)
+
+
+@settings(max_examples=250, deadline=None)
+@given(name=st.sampled_from(list(small_processors())), width=st.integers(1, 200), height=st.integers(1, 200))
+def test_views_of_any_size(name: str, width: int, height: int) -> None:
+    try:
+        assert_same(name, picture(width, height))
+    except InputError as error:  # what a model could not take either
+        assert name == "adaptive"
+        assert "too long and thin" in str(error)
+        assert max(width, height) > 4 * min(width, height)
 
 
 def saved(directory: Path, name: str, source: Image.Image, **options: Any) -> Path:
