@@ -190,7 +190,9 @@ def collect(session: Session, embed: ir.Model, decoder: ir.Model, cases: Sequenc
 
 def _feeds(session: Session, embed: Any, decoder: ir.Model, case: ParityCase) -> Feeds:
     manifest = session.manifest
-    prepared: list[PreparedImage] = [session.prepare(each) for each in sources_of(case.image)]
+    prepared = [
+        each if isinstance(each, PreparedImage) else session.prepare(each) for each in sources_of(case.image)
+    ]
     prompt = session.prompt_ids(case.question, prepared)
     ids = np.concatenate([prompt, np.asarray(case.forced, dtype=np.int64)])
     is_image = ids == manifest.merge.token

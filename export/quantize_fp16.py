@@ -178,7 +178,8 @@ def _retype_cache(graph: ir.Graph) -> None:
     """A cache that only float16 attention reads and writes is float16 outside, too."""
     for node in [n for n in graph if n.op_type == "GroupQueryAttention"]:
         for place in (3, 4):
-            cast = node.inputs[place].producer() if node.inputs[place] is not None else None
+            given = node.inputs[place]
+            cast = given.producer() if given is not None else None
             past = cast.inputs[0] if cast is not None and str(cast.name).endswith(HALF) else None
             if past is not None and past.is_graph_input() and len(list(past.uses())) == 1:
                 past.dtype = ir.DataType.FLOAT16

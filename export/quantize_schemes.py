@@ -121,9 +121,9 @@ def cache_to_int8(model: ir.Model, names: Iterable[str], scales: Mapping[str, np
             before.replace_all_uses_with(after, replace_graph_outputs=True)
             before.name, after.name = None, name
         graph.remove(node, safe=True)
-        for value in (new.inputs[3], new.inputs[4], *new.outputs[1:]):
-            assert value is not None
-            value.dtype = ir.DataType.INT8
+        for cached in (new.inputs[3], new.inputs[4], *new.outputs[1:]):
+            assert cached is not None
+            cached.dtype = ir.DataType.INT8
     return model
 
 

@@ -30,7 +30,7 @@ from export import quantize as rules
 from export.passes import add_initializer, constant
 from export.quantize_schemes import _quiet_root
 from runtime.errors import InputError, ParityError
-from runtime.image import ImageFeatures, join_features
+from runtime.image import ImageFeatures, PreparedImage, join_features
 from runtime.positions import position_ids
 from runtime.session import Session, sources_of
 from runtime.static_session import StaticBackend
@@ -128,7 +128,10 @@ def record(session: Session, cases: Sequence[ParityCase]) -> dict[str, Feeds]:
     backend.run = looking_on  # type: ignore[method-assign]
     try:
         for case in cases:
-            pictures = [session.prepare(each) for each in sources_of(case.image)]
+            pictures = [
+                each if isinstance(each, PreparedImage) else session.prepare(each)
+                for each in sources_of(case.image)
+            ]
             features = [session.encode_image(each) for each in pictures]
             ids = session.prompt_ids(case.question, pictures)
             forced_logits(session, ids, features, case.forced)
@@ -272,14 +275,18 @@ def float_twin(rounded: ir.Model) -> audit.Twin:
         before = node.inputs[0].producer() if node.inputs[0] is not None else None
         if before is None or before.op_type != "QuantizeLinear":
             raise ParityError(f"{node.name}: DequantizeLinear of no rounded value; re-export")
-        if [constant(x).tolist() for x in before.inputs[1:]] != [
-            constant(x).tolist() for x in node.inputs[1:]
-        ]:  # type: ignore[union-attr]
+        if any(not _equal(*pair) for pair in zip(before.inputs[1:], node.inputs[1:], strict=True)):
             raise ParityError(f"{node.name}: other scale or zero point than its QuantizeLinear; re-export")
         _replace(node.outputs[0], before.inputs[0])
     common.RemoveUnusedNodesPass()(twin.model)
     common.TopologicalSortPass()(twin.model)
     return twin
+
+
+def _equal(left: ir.Value | None, right: ir.Value | None) -> bool:
+    """Whether two scales or zero points are the same constant."""
+    one, other = constant(left), constant(right)
+    return one is not None and other is not None and np.array_equal(one, other)
 
 
 def _weight_to_float(graph: ir.Graph, node: ir.Node, stored: NDArray[Any], steps: audit.Steps) -> None:
@@ -292,7 +299,7 @@ def _weight_to_float(graph: ir.Graph, node: ir.Node, stored: NDArray[Any], steps
     shift = np.zeros((), np.float32) if zero is None else zero.astype(np.float32)
     value = ((stored.astype(np.float32) - shift) * scale).astype(np.float32)
     name = f"{node.outputs[0].name}.float"
-    steps[name] = (np.broadcast_to(np.abs(scale), value.shape), audit._ROUNDING)
+    steps[name] = (np.broadcast_to(np.abs(scale), value.shape), audit.ROUNDING)
     _replace(node.outputs[0], add_initializer(graph, name, value))
 
 
