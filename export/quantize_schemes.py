@@ -117,7 +117,7 @@ def cache_to_int8(model: ir.Model, names: Iterable[str], scales: Mapping[str, np
         )
         graph.insert_before(node, new)
         for before, after in zip(node.outputs, new.outputs, strict=True):
-            after.dtype, after.shape, name = before.dtype, before.shape, str(before.name)
+            after.type, after.shape, name = before.type, before.shape, str(before.name)
             before.replace_all_uses_with(after, replace_graph_outputs=True)
             before.name, after.name = None, name
         graph.remove(node, safe=True)
