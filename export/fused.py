@@ -34,7 +34,7 @@ def rms_norms(model: nn.Module) -> Iterator[None]:
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     with contextlib.ExitStack() as undo:
         for norm in norms:
-            norm.forward = _rms_norm.__get__(norm)  # type: ignore[method-assign]
+            norm.forward = _rms_norm.__get__(norm)
             undo.callback(norm.__dict__.pop, "forward", None)
         yield
 

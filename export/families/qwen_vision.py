@@ -76,6 +76,9 @@ class QwenVision(nn.Module):
         self.windowed = tuple(index not in full for index in range(len(visual.blocks)))
         side, merge = max(self.window, 1), self.merge
         self.patch_embed = _Patches(visual.patch_embed.proj)
+        self.slot_row: torch.Tensor
+        self.slot_column: torch.Tensor
+        self.slot_place: torch.Tensor
         # (S,) of each slot of a window: its token's row and column in the window, its place in the token
         token = torch.arange(side * side * merge * merge) // (merge * merge)
         place = torch.arange(side * side * merge * merge) % (merge * merge)
