@@ -141,7 +141,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Text pieces up to the first of some strings; what may be the beginning of one is held back."""
+    """Text pieces up to the string that is complete first; what may be the beginning of one is held back."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -153,10 +153,10 @@ class StopStrings:
         if self.found or not self._stop:
             return "" if self.found else piece
         text = self._held + piece
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if places:
+        spans = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
+        if spans:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(spans)[1]]
         longest = max(len(stop) for stop in self._stop) - 1
         kept = next(
             (n for n in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-n:])),

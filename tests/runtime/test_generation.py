@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.generation import logits_process as reference
 
 from runtime import generation, prompt
-from runtime.generation import Detokenizer, GenerationOptions, Sampler
+from runtime.generation import Detokenizer, GenerationOptions, Sampler, StopStrings, Writer
 
 VOCAB = 50
 logits_vectors = st.builds(
@@ -30,9 +31,10 @@ logits_vectors = st.builds(
     temperature=st.sampled_from([0.05, 0.7, 1.0, 3.0]),
     top_k=st.sampled_from([0, 1, 3, 49, 50, 51, 500]),
     top_p=st.sampled_from([0.01, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
 )
 def test_distribution_is_that_of_transformers(
-    logits: np.ndarray, temperature: float, top_k: int, top_p: float
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     ids, scores = torch.zeros((1, 1), dtype=torch.long), torch.from_numpy(logits)[None].double()
     scores = reference.TemperatureLogitsWarper(temperature)(ids, scores)
@@ -40,7 +42,9 @@ def test_distribution_is_that_of_transformers(
         scores = reference.TopKLogitsWarper(top_k)(ids, scores)
     if top_p < 1:
         scores = reference.TopPLogitsWarper(top_p)(ids, scores)
-    options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    if min_p:
+        scores = reference.MinPLogitsWarper(min_p)(ids, scores)
+    options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     got = generation.distribution(logits, options)
     # float64 on both sides: only the order of summation differs
     np.testing.assert_allclose(got, scores.softmax(-1)[0].numpy(), rtol=1e-9, atol=1e-12)
@@ -62,6 +66,26 @@ def test_repetition_penalty_is_that_of_transformers(
     got = generation.penalise(logits, sorted(set(seen)), penalty)
     np.testing.assert_allclose(got, expected[0].numpy(), rtol=1e-6)
     assert np.array_equal(logits, before)
+
+
+def test_the_order_is_that_of_generate() -> None:
+    """What transformers' `generate` would build for these options, applied as it is built."""
+    from transformers import GenerationConfig
+    from transformers.generation.utils import GenerationMixin
+
+    asked = {"temperature": 0.8, "top_k": 20, "top_p": 0.7, "min_p": 0.05, "repetition_penalty": 1.3}
+    config = GenerationConfig(do_sample=True, **asked)
+    owner = GenerationMixin()
+    owner.config = type("Config", (), {"is_encoder_decoder": False})()
+    ids = torch.tensor([[3, 7, 7, 11]])
+    found = owner._get_logits_processor(config, input_ids_seq_length=4, device="cpu", model_kwargs={})
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        logits = (random.normal(size=VOCAB) * 4).astype(np.float32)
+        wanted = found(ids, torch.from_numpy(logits)[None]).softmax(-1)[0].numpy()
+        options = GenerationOptions(**asked)
+        got = generation.distribution(generation.penalise(logits, [3, 7, 11], 1.3), options)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)  # float32 there, float64 here
 
 
 @given(logits=logits_vectors, k=st.integers(1, 5), seed=st.integers(0, 5))
@@ -110,6 +134,10 @@ def test_the_penalty_remembers_the_prompt_and_the_answer() -> None:
         {"top_p": 1.1},
         {"repetition_penalty": 0},
         {"seed": -1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"stop": ("",)},
+        {"stop": "a bare string"},
         {"topk": 3},
     ],
 )
@@ -166,3 +194,83 @@ def test_leading_spaces_of_a_metaspace_tokenizer_survive() -> None:
     metaspace = Tokenizer(models.WordLevel(vocab, unk_token="s"))
     metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     assert stream(metaspace, [0, 1, 2, 3]) == ["the", " red", " circle", "s", ""]
+
+
+# --- stop strings -----------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("ab", max_size=14),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 14), max_size=6),
+)
+def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str], cuts: list[int]) -> None:
+    """However the text comes in pieces; what was given out is never taken back."""
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    found = StopStrings(stop)
+    given = ""
+    spans = [(place + len(word), place) for word in stop if (place := text.find(word)) >= 0]
+    wanted = text[: min(spans)[1]] if spans else text  # the one that is complete first
+    for start, end in itertools.pairwise(places):
+        given += found.push(text[start:end])
+        assert given == wanted[: len(given)]
+    assert found.found == bool(spans)
+    if not found.found:
+        given += found.flush()
+    assert given == wanted
+
+
+def test_only_what_may_become_a_stop_string_is_held_back() -> None:
+    found = StopStrings(["END."])
+    assert [found.push(piece) for piece in ("an ", "E", "N", "d", " EN", "D", ".", "x")] == [
+        *("an ", "", "", "ENd", " ", "", "", ""),
+    ]
+    assert found.found
+
+
+def written(tokenizer: Tokenizer, ids: list[int], **options: object) -> tuple[list[str], Writer]:
+    """Pieces of a greedy answer whose best tokens are `ids`."""
+    writer = Writer(GenerationOptions(**options), [], tokenizer, (0,))  # type: ignore[arg-type]
+    pieces = []
+    for token in ids:
+        logits = np.zeros(tokenizer.get_vocab_size(), dtype=np.float32)
+        logits[token] = 1
+        pieces.append(writer.take(logits))
+        if writer.reason:
+            break
+    return pieces, writer
+
+
+def test_a_stop_string_spans_tokens_and_characters(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("red 🙂! blue", add_special_tokens=False).ids
+    pieces, writer = written(tokenizer, ids, stop=("🙂!",))
+    assert ("".join(pieces), writer.reason) == ("red ", "stop")
+    assert writer.text == "red "
+    assert len(writer.tokens) < len(ids)
+
+
+@pytest.mark.parametrize(("length", "text"), [(1, "a"), (3, "a\N{REPLACEMENT CHARACTER}")])
+def test_what_is_left_at_the_end_is_given(tokenizer: Tokenizer, length: int, text: str) -> None:
+    """Held-back text and half characters come out when the length ends the answer."""
+    ids = tokenizer.encode("a🙂", add_special_tokens=False).ids
+    pieces, writer = written(tokenizer, ids, max_new_tokens=length, stop=("a🙂never",))
+    assert ("".join(pieces), writer.reason) == (text, "length")
+
+
+def test_a_cancelled_answer_gives_what_was_held_back(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("red", add_special_tokens=False).ids
+    pieces, writer = written(tokenizer, ids, stop=("reddish",))
+    assert "".join(pieces) == ""
+    assert writer.cancel() == "red"
+    assert (writer.reason, writer.text) == ("cancelled", "red")
+
+
+def test_room_ends_an_answer(tokenizer: Tokenizer) -> None:
+    writer = Writer(GenerationOptions(), [], tokenizer, (0,))
+    logits = np.zeros(tokenizer.get_vocab_size(), dtype=np.float32)
+    logits[9] = 1
+    writer.take(logits, 1)
+    assert writer.reason is None
+    writer.take(logits, 0)
+    assert writer.reason == "context"
