@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from evals.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import calibrate, gate, limits, proof, static, storage, target
+from export import calibrate, gate, layout, limits, proof, static, storage, target
 from export.checkpoint import Checkpoint, load, read_config
 from export.decoder import IR_VERSION
 from export.families import Family, check_type, family_of, without_tiles
@@ -227,6 +227,7 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     graphs = {role: quantize(model, role, policy.rules, calibration) for role, model in floats.items()}
     write_files(facts, staged, graphs)
     draft = draft_manifest(facts, staged, precision, name)
+    layout.write_config(staged, draft.parts)
     facts.say(f"{precision}: parity gate")
     if exact:
         parity = _check_float(facts, staged, draft)
@@ -400,9 +401,9 @@ def part_of(staged: Path, role: str, path: Path, data: Sequence[Path]) -> Part:
 
 
 def _tensor(value: ir.Value) -> TensorSpec:
-    assert value.dtype is not None and value.shape is not None
-    dims = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
-    return TensorSpec(name=str(value.name), dtype=_DTYPES[value.dtype.name], shape=tuple(dims))  # type: ignore[arg-type]
+    assert value.dtype is not None
+    kind: Any = _DTYPES[value.dtype.name]
+    return TensorSpec(name=str(value.name), dtype=kind, shape=layout.dimensions(value))
 
 
 def _state(decoder: Part) -> tuple[StateTensor, ...]:

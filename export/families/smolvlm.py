@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from export import prompts
+from export import layout, prompts
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
 from export.families import shared
@@ -105,6 +105,7 @@ class SmolVlm(Family):
                 _Vision(model, side).eval(),
                 {"pixel_values": torch.zeros(2, 3, side, side)},
                 ({0: torch.export.Dim.DYNAMIC},),
+                passes=(layout.any_batch,),
             ),
             embed=model.get_input_embeddings(),
             text=model.model.text_model,
