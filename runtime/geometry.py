@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from runtime.errors import InputError
-from runtime.image_spec import GridTiles, LargePicture, SmartResize
+from runtime.image_spec import GridTiles, LargePicture, ResizeExact, SmartResize
 
 
 def longest_edge_size(height: int, width: int, longest_edge: int, cap: int) -> tuple[int, int]:
@@ -53,6 +53,13 @@ def smart_size(height: int, width: int, resize: SmartResize) -> tuple[int, int]:
     return rounded[0], rounded[1]
 
 
+def resized_size(height: int, width: int, resize: ResizeExact | SmartResize) -> tuple[int, int]:
+    """(height, width) after either operation."""
+    if isinstance(resize, ResizeExact):
+        return resize.height, resize.width
+    return smart_size(height, width, resize)
+
+
 def split_size(height: int, width: int, side: int) -> tuple[int, int]:
     """(height, width), multiples of `side`, to which `tiles.split@1` stretches a picture.
 
@@ -87,6 +94,15 @@ def nearest_grid(height: int, width: int, tiles: GridTiles) -> tuple[int, int]:
         if distance < best_distance or (distance == best_distance and 2 * height * width > area):
             best, best_distance = (rows, columns), distance
     return best
+
+
+def grid_plan(height: int, width: int, tiles: GridTiles) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """What `tiles.grid@1` makes: (rows, columns) of tiles, (0, 0) for none; the whole view's size, if any."""
+    cut = tiles.only is None or is_large(height, width, tiles.only)
+    grid = nearest_grid(height, width, tiles) if cut else (1, 1)
+    if grid == (1, 1):
+        return (0, 0), resized_size(height, width, tiles.whole)
+    return grid, resized_size(height, width, tiles.whole) if tiles.whole_after_tiles else None
 
 
 def _up(length: int, side: int) -> int:

@@ -114,6 +114,8 @@ def prepare(source: ImageInput, spec: ImageSpec, max_source_pixels: int = MAX_SO
     views: list[Bytes] = []
     cut = (0, 0)
     for operation in picture_operations:
+        if isinstance(layout, PatchifyPadded):
+            _refuse_needle(value, operation, layout)
         if operation.op.split("@")[0] in VIEWS:
             views, cut = CUTS[type(operation)](value, operation)
         else:
@@ -234,6 +236,19 @@ def _resize_longest_edge(pixels: Bytes, operation: ResizeLongestEdge, _: bool) -
 
 def _resize(pixels: Bytes, operation: ResizeExact | SmartResize, _: bool) -> Bytes:
     return tiles.resized(pixels, operation)
+
+
+def _refuse_needle(value: Any, operation: Any, layout: PatchifyPadded) -> None:
+    """A view with too many patches could also be too large for the memory: refused before it is made."""
+    if not isinstance(operation, (GridTiles, SmartResize)):
+        return
+    height, width = value.shape[:2]
+    if isinstance(operation, GridTiles):
+        size = geometry.grid_plan(height, width, operation)[1]
+    else:
+        size = geometry.smart_size(height, width, operation)
+    if size is not None:
+        patches.refuse_needle(*size, layout)
 
 
 def _normalise(pixels: Bytes, operation: Any) -> NDArray[np.float32]:

@@ -39,10 +39,7 @@ def padded(pixels: Floats, layout: PatchifyPadded) -> Tensors:
     size = layout.patch
     rows, columns = _grid(pixels, size)
     count = rows * columns
-    if count > layout.length:
-        raise InputError(
-            f"image: is too long and thin: {columns} x {rows} patches, the most is {layout.length}; crop it"
-        )
+    refuse_needle(pixels.shape[0], pixels.shape[1], layout)
     pieces = pixels.reshape(rows, size, columns, size, 3).transpose(0, 2, 1, 3, 4)
     values = np.zeros((1, layout.length, size * size * 3), dtype=np.float32)
     values[0, :count] = pieces.reshape(count, -1)
@@ -51,6 +48,15 @@ def padded(pixels: Floats, layout: PatchifyPadded) -> Tensors:
         "pixel_attention_mask": (np.arange(layout.length) < count).astype(np.int32)[None],
         "spatial_shapes": np.array([[rows, columns]], dtype=np.int64),
     }
+
+
+def refuse_needle(height: int, width: int, layout: PatchifyPadded) -> None:
+    """Raise InputError for a view of more than `length` patches; to be asked before its pixels are made."""
+    rows, columns = height // layout.patch, width // layout.patch
+    if rows * columns > layout.length:
+        raise InputError(
+            f"image: is too long and thin: {columns} x {rows} patches, the most is {layout.length}; crop it"
+        )
 
 
 def _grid(pixels: Floats, step: int) -> tuple[int, int]:

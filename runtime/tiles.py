@@ -29,24 +29,19 @@ def split(pixels: Bytes, tiles: SplitTiles) -> Cut:
 
 def grid(pixels: Bytes, tiles: GridTiles) -> Cut:
     """`tiles.grid@1`: tiles of the nearest grid; the whole view is made from the picture as it came."""
-    height, width = pixels.shape[:2]
-    cut = tiles.only is None or geometry.is_large(height, width, tiles.only)
-    rows, columns = geometry.nearest_grid(height, width, tiles) if cut else (1, 1)
-    if rows * columns == 1:
-        return [resized(pixels, tiles.whole)], (0, 0)
-    stretched = resample.resize(pixels, tiles.height * rows, tiles.width * columns, tiles.filter)
-    views = _cut(stretched, (rows, columns))
-    if tiles.whole_after_tiles:
-        views.append(resized(pixels, tiles.whole))
+    (rows, columns), whole = geometry.grid_plan(pixels.shape[0], pixels.shape[1], tiles)
+    views = []
+    if rows * columns:
+        stretched = resample.resize(pixels, tiles.height * rows, tiles.width * columns, tiles.filter)
+        views = _cut(stretched, (rows, columns))
+    if whole is not None:
+        views.append(resample.resize(pixels, *whole, tiles.whole.filter))
     return views, (rows, columns)
 
 
 def resized(pixels: Bytes, resize: ResizeExact | SmartResize) -> Bytes:
     """The picture at the size of either operation."""
-    if isinstance(resize, ResizeExact):
-        size = resize.height, resize.width
-    else:
-        size = geometry.smart_size(pixels.shape[0], pixels.shape[1], resize)
+    size = geometry.resized_size(pixels.shape[0], pixels.shape[1], resize)
     return resample.resize(pixels, *size, resize.filter)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime import image
+from runtime import image, resample
 from runtime.errors import InputError
 from runtime.image import PreparedImage
 from tests.runtime.processors import processors, small_processors, spec_of
@@ -140,3 +140,18 @@ def test_more_patches_than_padded_are_refused(width: int, height: int) -> None:
     assert found["pixel_values"].shape[1] > found["pixel_attention_mask"].shape[1]
     with pytest.raises(InputError, match=r"too long and thin: .* patches, the most is 1024; crop it"):
         image.prepare(picture(width, height), SPECS["lfm2-vl"])
+
+
+def test_a_needle_is_refused_before_its_views_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of a million pixels would become a whole view of 16 million."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("was resized")
+
+    monkeypatch.setattr(resample, "resize", fail)
+    for name in ("lfm2-vl", "lfm2-vl-whole"):
+        with pytest.raises(InputError, match="too long and thin"):
+            image.prepare(Image.new("RGB", (1_000_000, 1)), SPECS[name])
+    monkeypatch.undo()
+    tiled = image.prepare(picture(40_000, 40), SPECS["lfm2-vl-no-thumbnail"])
+    assert (tiled.tiles, len(tiled.views)) == ((1, 10), 10)  # no whole view, so none is too long
