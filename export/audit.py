@@ -63,13 +63,25 @@ def same_but_rounded(
                 raise ParityError(f"{where}: {second.name} has other optional inputs than {first.name}")
             if one is not None and other is not None:
                 pairs.append((one, other))
+        for inner, twin_inner in zip(_branches(first), _branches(second), strict=True):
+            pairs += zip(inner.outputs, twin_inner.outputs, strict=True)
     return worst
+
+
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    """Graphs inside a node, by attribute name; they read the outer graph's values."""
+    found = sorted(node.attributes.items())
+    return [value.as_graph() for _, value in found if value.type == ir.AttributeType.GRAPH]
 
 
 def _same_node(first: ir.Node, second: ir.Node, out: int | None, other_out: int | None, where: str) -> None:
     def shape(node: ir.Node) -> tuple[object, ...]:
         attributes = {
-            key: repr(value.value) for key, value in node.attributes.items() if value.value is not None
+            key: f"graph of {len(value.as_graph().outputs)}"
+            if value.type == ir.AttributeType.GRAPH
+            else repr(value.value)
+            for key, value in node.attributes.items()
+            if value.value is not None
         }
         return node.domain, node.op_type, sorted(attributes.items())
 

@@ -19,6 +19,7 @@ from runtime.errors import CheckpointError, MissingExtra
 from runtime.files import sha256_file
 
 TASK = "image-text-to-text"
+_OLDER_TASK = "image-to-text"  # what optimum calls some of them; their loader is the same
 _HASHED = ("*.safetensors", "*.json", "*.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -146,7 +147,7 @@ def _check_task(path: Path, model: Any) -> None:
     except ImportError as error:
         raise MissingExtra(error.name or "optimum", "export") from error
     task = TasksManager.infer_task_from_model(model)
-    if task != TASK:
+    if task not in (TASK, _OLDER_TASK):
         raise CheckpointError(f"{path}: is a checkpoint for {task}; only {TASK} can be exported")
 
 

@@ -114,9 +114,13 @@ class _Trace:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """(B, H, S, D), (B, KV, S, D) twice -> (B, S, H, D), as transformers' attention interface."""
+        """(B, H, S, D), (B, KV, S, D) twice -> (B, S, H, D), as transformers' attention interface.
+
+        `sliding_window`: a token sees so many, itself included.
+        """
         batch, heads, length, width = query.shape
         kv_heads, layer = key.shape[1], int(module.layer_idx)  # type: ignore[arg-type]
         past_key, past_value = self.past[2 * layer], self.past[2 * layer + 1]
@@ -134,6 +138,7 @@ class _Trace:
                 "scale": float(scaling if scaling is not None else width**-0.5),
                 "do_rotary": int(self.rope is not None),
                 "rotary_interleaved": 0,
+                **({} if sliding_window is None else {"local_window_size": sliding_window}),
             },
             dtypes=[query.dtype] * 3,
             shapes=[(batch, length, heads * width), cache_shape, cache_shape],

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from evals.parity import ParityCase
 from runtime.image import ImageFeatures, join_features
-from runtime.manifest import Manifest, StateTensor
+from runtime.manifest import ImageAttention, Manifest, StateTensor
 from runtime.session import Session, sources_of
 
 ROWS = 3
@@ -104,6 +104,7 @@ class BatchDecoder:
 
     def _embeddings(self, ids: NDArray[np.int64]) -> Any:
         part = self._manifest.part("embed_tokens")
+        self._types = (ids == self._manifest.merge.token).astype(np.int64)
         return self._embed.run([part.outputs[0].name], {part.inputs[0].name: ids})[0]
 
     def _start(self, batch: int) -> None:
@@ -119,6 +120,8 @@ class BatchDecoder:
             "position_ids": positions[0] if len(positions) == 1 else positions,
             "num_logits_to_keep": np.array(lengths.max() - lengths.min() + 1, dtype=np.int64),
         }
+        if isinstance(attention := self._manifest.attention, ImageAttention):
+            step[attention.input] = self._types
         if deepstack := self._manifest.deepstack:
             zeros = np.zeros((deepstack.layers, *embeds.shape), embeds.dtype)
             step[deepstack.input] = zeros if stack is None else stack

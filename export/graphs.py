@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from export import fused, passes, vision_passes
+from export.bidirectional import WindowedShape, trace_windowed
 from export.checkpoint import Checkpoint
 from export.decoder import to_onnx, trace_decoder
 from export.families import Family
@@ -40,12 +41,15 @@ _DIMENSIONS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 """The first entry that fits a tensor's name and rank counts; None keeps a dimension."""
 
 
+_TRACERS: dict[type, Any] = {HybridShape: trace_hybrid, WindowedShape: trace_windowed}
+
+
 def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     """Trace vision encoder, embedding and decoder in float32."""
     modules, shape = family.modules(checkpoint), family.decoder_shape(checkpoint)
     ids = torch.zeros(2, 3, dtype=torch.long)
     auto = torch.export.Dim.DYNAMIC
-    tracer: Any = trace_hybrid if isinstance(shape, HybridShape) else trace_decoder
+    tracer = _TRACERS.get(type(shape), trace_decoder)
     try:
         models = {
             "vision_encoder": _trace_vision(modules.vision),
@@ -61,7 +65,7 @@ def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
             "the family in export/families/ does not fit this checkpoint"
         ) from error
     passes.run(models["vision_encoder"], (*vision_passes.VISION_PASSES, *modules.vision.passes))
-    passes.run(models["decoder"], passes.DECODER_PASSES)
+    passes.run(models["decoder"], (*passes.DECODER_PASSES, *modules.passes))
     names = (*modules.vision.dimensions.items(), *_DIMENSIONS)
     for model in models.values():
         passes.name_dimensions(model, names)

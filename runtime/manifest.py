@@ -357,7 +357,8 @@ def operations_of(*operations: Any) -> tuple[str, ...]:
 def known_operations() -> frozenset[str]:
     """Every operation that this runtime carries out."""
     image = get_args(get_args(ImageOperation)[0])
-    decoder = (ReplaceTokens, Deepstack, *get_args(get_args(Positions)[0]), CausalAttention, StaticCache)
+    schemes = (*get_args(get_args(Positions)[0]), *get_args(get_args(Attention)[0]))
+    decoder = (ReplaceTokens, Deepstack, *schemes, StaticCache)
     classes: tuple[type[BaseModel], ...] = (*image, TokenGrid, *decoder)
     return frozenset(kind.model_fields["op"].default for kind in classes)
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.image import ImageFeatures, View, join_features
-from runtime.manifest import CausalAttention, Manifest
-from runtime.onnx_state import Decoder, step_inputs
+from runtime.manifest import Manifest
+from runtime.onnx_state import Decoder, step_inputs, types_input
 from runtime.providers import PartOpener, ProviderReport, RunSettings
 
 Floats = NDArray[np.float32]
@@ -49,8 +49,6 @@ class OnnxBackend:
     @property
     def no_rows(self) -> str:
         """Why several sequences cannot run side by side; empty when they can."""
-        if not isinstance(self._manifest.attention, CausalAttention):
-            return f"{self._manifest.attention.op} is not masked by rows"
         odd = [state.input for state in self._manifest.state if state.padding_side != "right"]
         return f"{odd[0]} takes no rows of unequal lengths" if odd else ""
 
@@ -165,6 +163,8 @@ def embedded(
     feeds = {part.inputs[0].name: padded.astype(part.inputs[0].dtype, copy=False)}
     embeds = embed.run([part.outputs[0].name], feeds)[0]
     step: dict[str, NDArray[Any]] = {"inputs_embeds": embeds}
+    if types := types_input(manifest):
+        step[types] = (padded == manifest.merge.token).astype(np.int64)
     deepstack = manifest.deepstack
     if deepstack:
         step[deepstack.input] = np.zeros((deepstack.layers, *embeds.shape), dtype=np.float32)

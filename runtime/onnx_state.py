@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BundleError
-from runtime.manifest import Manifest, StateTensor, TensorSpec
+from runtime.manifest import ImageAttention, Manifest, StateTensor, TensorSpec
 
 MARKS = 32  # states that are kept to go back to, where a state cannot be cut
 STEP_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep")
@@ -189,13 +189,23 @@ def step_inputs(manifest: Manifest) -> dict[str, TensorSpec]:
     """The decoder's inputs that are no state; one that nobody fills is refused."""
     states = {state.input for state in manifest.state}
     step = {spec.name: spec for spec in manifest.part("decoder").inputs if spec.name not in states}
-    known = {*STEP_INPUTS, *([manifest.deepstack.input] if manifest.deepstack else [])}
+    types = types_input(manifest)
+    known = {
+        *STEP_INPUTS,
+        *([manifest.deepstack.input] if manifest.deepstack else []),
+        *([types] if types else []),
+    }
     if unknown := [name for name in step if name not in known]:
         raise BundleError(
             f"decoder: has inputs {', '.join(unknown)}, which this runtime does not fill; "
             "update pocketvlm or re-export"
         )
     return step
+
+
+def types_input(manifest: Manifest) -> str | None:
+    """The decoder's input that tells image tokens from others, if it has one."""
+    return manifest.attention.input if isinstance(manifest.attention, ImageAttention) else None
 
 
 def _in_place(state: StateTensor) -> bool:
@@ -209,7 +219,7 @@ def _step_buffer(spec: TensorSpec, rows: int, manifest: Manifest) -> Array:
     if spec.name == "position_ids":
         lead = [] if len(spec.shape) == 2 else [spec.shape[0] if isinstance(spec.shape[0], int) else 3]
         return np.zeros([*lead, rows, 1], dtype=spec.dtype)
-    if spec.name == "attention_mask":
+    if spec.name in ("attention_mask", types_input(manifest)):
         return np.zeros([rows, 1], dtype=spec.dtype)
     width = spec.shape[-1]
     if not isinstance(width, int):

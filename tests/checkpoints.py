@@ -396,7 +396,60 @@ def write_qwen2_vl(
     return _write_qwen(out, config, "Qwen2VL", 8, seed, first + CHATML)
 
 
+def write_gemma3(
+    out: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, heads: int = 4, kv_heads: int = 2
+) -> Path:
+    """`layers` pairs of a layer with a window of 12 tokens and one without; 64 px pictures of 16 tokens."""
+    rope = {"rope_type": "default"}
+    config = {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 16,
+        "boi_token_index": {"token": "<start_of_image>"},
+        "eoi_token_index": {"token": "<end_of_image>"},
+        "image_token_index": {"token": "<image_soft_token>"},
+        "tie_word_embeddings": True,
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "image_size": 64,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        "text_config": text_config(
+            hidden, 2 * layers, heads, kv_heads,
+            head_dim=hidden // heads,
+            query_pre_attn_scalar=24,
+            sliding_window=12,
+            layer_types=["sliding_attention", "full_attention"] * layers,
+            rope_parameters={
+                "sliding_attention": {**rope, "rope_theta": 1e3},
+                "full_attention": {**rope, "rope_theta": 1e5, "rope_type": "linear", "factor": 2.0},
+            },
+            tie_word_embeddings=True,
+        ),
+    }  # fmt: skip
+    special = {
+        **CHATML_TOKENS,
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    processor = {
+        "processor_class": "Gemma3Processor",
+        "image_seq_length": 16,
+        "image_processor": {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": 64, "width": 64},
+        },
+    }
+    return write(out, config, special, processor, CHATML.replace("IMAGE", "<start_of_image>"), seed)
+
+
 VARIANTS: dict[str, Callable[..., Path]] = {
+    "gemma3": write_gemma3,
     "qwen2_vl": write_qwen2_vl,
     "smolvlm_tiles": write_smolvlm_tiles,
     "idefics3_tiles": write_idefics3_tiles,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from export.checkpoint import Checkpoint
 from export.families.base import Family, Modules
+from export.families.gemma3 import GEMMA3
 from export.families.internvl import INTERNVL
 from export.families.lfm2_vl import LFM2_VL
 from export.families.qwen_vl import QWEN_VL
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     SMOLVLM,
     INTERNVL,
     LFM2_VL,
+    GEMMA3,
     QWEN_VL,
 )
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
 from runtime.image_spec import ImageSpec
-from runtime.manifest import Deepstack, Positions1d, PositionsMrope
+from runtime.manifest import CausalAttention, Deepstack, ImageAttention, Positions1d, PositionsMrope
 from runtime.prompt_spec import PromptSpec
 
 
@@ -37,18 +37,22 @@ class VisionPart:
 
 @dataclass(frozen=True)
 class Modules:
-    """Torch modules of the parts. embed: (B, S) -> (B, S, hidden); text and head: `export/decoder.py`."""
+    """Torch modules of the parts. embed: (B, S) -> (B, S, hidden); text and head: `export/decoder.py`.
+
+    `passes`: on the traced decoder, after the usual ones.
+    """
 
     vision: VisionPart
     embed: Any
     text: Any
     head: Any
+    passes: tuple[Callable[[ir.Model], int], ...] = ()
 
 
 class Family(Protocol):
     """One architecture (or several that are cut alike). Every method may raise CheckpointError.
 
-    A family inherits from it: `untiled`, `positions` and `deepstack` then have the usual answers.
+    A family inherits from it: `untiled`, `positions`, `attention`, `deepstack` then have the usual answers.
     """
 
     @property
@@ -77,6 +81,10 @@ class Family(Protocol):
     def positions(self, checkpoint: Checkpoint) -> Positions1d | PositionsMrope:
         """How position ids count; 0, 1, 2, ... unless a family says otherwise."""
         return Positions1d()
+
+    def attention(self, checkpoint: Checkpoint) -> CausalAttention | ImageAttention:
+        """What a token of the text decoder sees; itself and all before it unless a family says otherwise."""
+        return CausalAttention()
 
     def deepstack(self, checkpoint: Checkpoint) -> Deepstack | None:
         """Where vision features go besides the embeddings; None: nowhere."""
