@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from evals.latency import Measured
     from export.targets import Plan
     from runtime.generation import GenerationOptions
-    from runtime.session import GenerationStats, Session
 
 
 class FrontDoor(TyperGroup):
@@ -267,45 +266,95 @@ def _is_main() -> bool:
     pocketvlm run bundles/student-onnx-int8 --image photo.png "what color is the circle?"
 
     pocketvlm run bundles/student-onnx-int8 --image photo.png "describe it" --temperature 0.7 --seed 1 --json
+
+    pocketvlm run bundles/student-onnx-int8 --image photo.png "is it red?" --choices yes,no
+
+    pocketvlm run bundles/student-onnx-int8 --image before.png --image after.png --chat -v
 """
 )
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle directory, made by `pocketvlm export`.")],
-    question: Annotated[str, typer.Argument(help="What to ask.")],
-    image: Annotated[Path | None, typer.Option(help="Image file: PNG, JPEG, WebP, ...")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask; with --chat the first question, if any.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file: PNG, JPEG, WebP, ...; may be repeated.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Go on with the lines of stdin, in one conversation.")
+    ] = False,
+    choices: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Only these answers, each with its probability.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it samples.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample among the tokens of this total probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample tokens of at least this share of the best one's probability.")
+    ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen are less likely.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Repeats a sampled answer.")] = 0,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the whole conversation; their state is allocated.")
+    ] = None,
+    providers: Annotated[
+        str | None, typer.Option(metavar="A,B", help="onnxruntime's execution providers, preferred first.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
+    inter_threads: Annotated[int, typer.Option(min=1, help="Threads over independent nodes.")] = 1,
     spin: Annotated[bool, typer.Option(help="Let waiting threads spin; off on a busy machine.")] = True,
     verify: Annotated[bool, typer.Option(help="Check the hash of every file of the bundle.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also: context, bytes of its state, providers.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each answer.")] = False,
 ) -> None:
-    """Answer a question about an image with an exported bundle, without torch."""
+    """Answer a question about images with an exported bundle, without torch."""
+    if question is None and not chat:
+        raise InputError("question: got none; give one, or --chat to read questions from stdin")
     options = _generation_options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
         seed=seed,
     )
     import runtime
+    from runtime import console
 
-    with runtime.open_bundle(bundle, threads=threads, verify=verify, spin=spin) as session:
-        if as_json:
-            typer.echo(json.dumps(_answer_as_dict(session, image, question, options), ensure_ascii=False))
-            return
-        started = False
-        for piece in session.stream(image, question, options):
-            sys.stdout.write(piece if started else piece.lstrip())  # an answer often begins with a blank
-            started = started or bool(piece.strip())
-            sys.stdout.flush()
-        typer.echo()
-        typer.echo(_timing_line(session.load_ms, session.last_stats), err=True)
+    session = runtime.open_bundle(
+        bundle,
+        threads=threads,
+        inter_threads=inter_threads,
+        verify=verify,
+        spin=spin,
+        providers=_listed(providers),
+        max_context=max_context,
+    )
+    with session:
+        for report in session.providers:
+            if report.reason and not verbose:
+                typer.echo(report.line(), err=True)
+        for line in console.facts(session) if verbose else ():
+            typer.echo(line, err=True)
+        if chat:
+            console.converse(
+                session, image or (), console.typed(question), options, _listed(choices), as_json
+            )
+        else:
+            console.answer(session, image or (), question or "", options, _listed(choices), as_json)
+
+
+def _listed(given: str | None) -> list[str] | None:
+    """The parts of a list with commas."""
+    return None if given is None else [part.strip() for part in given.split(",")]
 
 
 def _generation_options(**values: Any) -> GenerationOptions:
@@ -319,40 +368,6 @@ def _generation_options(**values: Any) -> GenerationOptions:
         fault = error.errors(include_url=False)[0]
         name = str(fault["loc"][0]).replace("_", "-")
         raise InputError(f"--{name}: got {fault['input']}; {fault['msg'].lower()}") from None
-
-
-def _answer_as_dict(
-    session: Session, image: Path | None, question: str, options: GenerationOptions
-) -> dict[str, Any]:
-    answer = session.ask(image, question, options)
-    stats = answer.stats
-    return {
-        "text": answer.text,
-        "token_ids": answer.token_ids,
-        "finish_reason": answer.finish_reason,
-        "load_ms": round(session.load_ms, 3),
-        "prepare_ms": round(stats.prepare_ms, 3),
-        "encode_ms": round(stats.encode_ms, 3),
-        "prefill_ms": round(stats.prefill_ms, 3),
-        "ttft_ms": round(stats.ttft_ms, 3),
-        "decode_ms": [round(each, 3) for each in stats.decode_ms],
-        "prompt_tokens": stats.prompt_tokens,
-        "image_tokens": stats.image_tokens,
-        "new_tokens": stats.new_tokens,
-        "prefill_tok_s": round(stats.prefill_tok_s, 2),
-        "decode_tok_s": round(stats.decode_tok_s, 2),
-    }
-
-
-def _timing_line(load_ms: float, stats: GenerationStats) -> str:
-    speed = f"{stats.decode_tok_s:.1f} tok/s" if stats.decode_ms else "one token, no tok/s"
-    image_ms = stats.prepare_ms + stats.encode_ms
-    return (
-        f"load {load_ms:.0f} ms | image {image_ms:.1f} ms "
-        f"(prepare {stats.prepare_ms:.1f}, encode {stats.encode_ms:.1f}) | "
-        f"TTFT {stats.ttft_ms:.1f} ms | {speed} | "
-        f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new"
-    )
 
 
 # --- export -----------------------------------------------------------
@@ -391,7 +406,8 @@ def export(
     ] = None,
     max_drop: Annotated[float, typer.Option(help="Points of accuracy that --quant auto may lose.")] = 0.5,
     data: Annotated[
-        Path | None, typer.Option(help="JSON lines that --quant auto asks; default: easy-VQA.")
+        Path | None,
+        typer.Option(help="JSON lines of image, question, answer: for --quant auto, -gptq and -kv8."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many of these questions.")] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sequence.")] = None,
@@ -426,6 +442,7 @@ def export(
     with _progress("export") as progress:
         if quant == "auto":
             from export.auto import auto_quantize
+            from export.auto_report import table
 
             called = "-".join([name or checkpoint.resolve().name, to, *([target] if target else []), "auto"])
             result = auto_quantize(
@@ -438,9 +455,13 @@ def export(
                 **shared,
             )
             bundles = [result.bundle]
+            for line in table(result):
+                typer.echo(line, err=True)
         else:
-            from export import export_all
+            from export import auto_data, export_all
 
+            if data is not None:
+                shared["examples"] = auto_data.examples(auto_data.read(data), limit or 32)
             bundles = export_all(checkpoint, out, precisions, to=to, name=name, progress=progress, **shared)
     _print_bundles(bundles, as_json)
 
@@ -651,6 +672,8 @@ def _print_installation(facts: dict[str, Any]) -> None:
         lack = ", ".join(name for name, found in extra["packages"].items() if not found)
         state = "ok" if extra["complete"] else f"missing {lack}: {extra['install']}"
         typer.echo(f"[{extra['extra']}] {state}" + (f" (have {have})" if have else ""))
+    for line in facts.get("bundle", {}).get("facts", ()):
+        typer.echo(f"bundle: {line}")
     for line in facts.get("bundle", {}).get("differences", ()):
         typer.echo(f"bundle: {line}")
     if "bundle" in facts and not facts["bundle"]["differences"]:
@@ -659,10 +682,14 @@ def _print_installation(facts: dict[str, Any]) -> None:
 
 def _conformance(bundle: Path) -> dict[str, Any]:
     import runtime
-    from runtime import conformance
+    from runtime import conformance, console
 
     with runtime.open_bundle(bundle) as session:
-        return {"name": session.manifest.name, "differences": conformance.check(session, bundle)}
+        return {
+            "name": session.manifest.name,
+            "facts": console.facts(session),
+            "differences": conformance.check(session, bundle),
+        }
 
 
 class _progress:

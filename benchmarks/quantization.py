@@ -35,7 +35,7 @@ from evals import easy_vqa
 from evals.accuracy import AccuracyResult, compare_methods, evaluate
 from evals.easy_vqa import Question
 from evals.parity import ParityCase, compare
-from export import auto, onnx, target
+from export import auto, auto_data, onnx, target
 from export.auto_data import examples
 from export.checkpoint import load
 from export.quantize_policy import resolve
@@ -205,8 +205,7 @@ def run(out: Path, precisions: Sequence[str], setup: Setup, seed: int = 0) -> di
     with files.lock(out):
         checkpoint = train(out, recipe, setup)
         bundles = export(out, checkpoint, list(dict.fromkeys(["fp32", *precisions])))
-        by_image = easy_vqa.load("test")
-        questions = by_image[: setup.questions]
+        questions = auto_data.spread(easy_vqa.load("test"), setup.questions)
         found = {
             "setup": {**asdict(setup), "train": setup.train.model_dump()},
             "seed": seed,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.quantize_policy import resolve
 from export.targets import STATIC_PRECISIONS, Plan, check_precision
@@ -38,6 +38,7 @@ def export_checkpoint(
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
     plan: Plan | None = None,
+    examples: Sequence[tuple[ImageInput, str]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write one bundle to `out` and return it; the parity gate has passed when this returns.
@@ -45,7 +46,8 @@ def export_checkpoint(
     `sample_images` (paths, bytes or PIL images) join the gate's own pictures. With `image_required` the
     bundle refuses a question without an image, which a model that never saw one would answer blindly.
     `plan` (`export.targets.plan_for`) says for which target; by default for any computer.
-    `progress` gets one line at the start of every step.
+    `examples`: pictures with questions that calibrated precisions (`-gptq`, `-kv8`) look at instead of the
+    gate's own. `progress` gets one line at the start of every step.
     Raises PocketError: CheckpointError, InputError, ParityError or StateError.
     """
     _check_names(to, [precision], plan)
@@ -57,6 +59,7 @@ def export_checkpoint(
         image_required=image_required,
         plan=plan,
         progress=progress,
+        **_examples(plan, examples),
     )
     return found[0]
 
@@ -71,6 +74,7 @@ def export_all(
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
     plan: Plan | None = None,
+    examples: Sequence[tuple[ImageInput, str]] = (),
     progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write `<out_dir>/<name>-<to>-<precision>` for every precision from one trace of the checkpoint.
@@ -90,6 +94,7 @@ def export_all(
         image_required=image_required,
         plan=plan,
         progress=progress,
+        **_examples(plan, examples),
     )
 
 
@@ -101,6 +106,14 @@ def _writer(plan: Plan | None) -> Callable[..., list[Path]]:
     from export.onnx import export_onnx
 
     return export_onnx
+
+
+def _examples(plan: Plan | None, examples: Sequence[tuple[ImageInput, str]]) -> dict[str, Any]:
+    if not examples:
+        return {}
+    if plan is not None and plan.static:
+        raise InputError("examples: calibrate the flavour ort-fused; portable-static looks at sample images")
+    return {"examples": examples}
 
 
 def _marks(plan: Plan | None) -> list[str]:

@@ -54,7 +54,14 @@ def load(data: Path | None, limit: int | None = None) -> Split:
     chosen = set(images[: len(images) // 2])
     validation = [q for q in questions if q.image_id in chosen]
     held_out = [q for q in questions if q.image_id not in chosen]
-    return Split(tuple(validation[:limit]), tuple(held_out[:limit]))
+    return Split(spread(validation, limit), spread(held_out, limit))
+
+
+def spread(questions: Sequence[Question], count: int | None) -> tuple[Question, ...]:
+    """At most `count` of them, evenly over all pictures: questions about one picture say less than others."""
+    if count is None or count >= len(questions):
+        return tuple(questions)
+    return tuple(questions[i * len(questions) // count] for i in range(count))
 
 
 def _shuffled(image_id: int) -> bytes:
@@ -94,5 +101,4 @@ def _row(path: Path, number: int, line: str, ids: dict[Path, int]) -> Question:
 
 def examples(questions: Sequence[Question], count: int) -> list[tuple[Path, str]]:
     """`count` pictures with questions, evenly from all, for calibration."""
-    step = max(1, len(questions) // count)
-    return [(q.image_path, q.question) for q in questions[::step][:count]]
+    return [(q.image_path, q.question) for q in spread(questions, count)]
