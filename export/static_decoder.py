@@ -77,7 +77,8 @@ class _Trace:
         """(1, H, S, D), (1, KV, S, D) twice -> (1, S, H, D), as transformers' attention interface."""
         if sliding_window is not None or softcap is not None:
             raise CheckpointError("attention with a window or a cap on scores has no static graph here")
-        _, heads, length, width = query.shape
+        assert self.past_mask is not None
+        heads, length, width = query.shape[1:]
         kv_heads, layer = key.shape[1], int(module.layer_idx)  # type: ignore[arg-type]
         past_key, past_value = self.past[2 * layer], self.past[2 * layer + 1]
         rows = heads // kv_heads * length
@@ -239,5 +240,5 @@ def trace_static(
         more,
     )
     inputs, outputs = io_names(shape, chunked=length > 1)
-    with _traceable(text, decoder.trace), _deepstacked(text, decoder.trace, stack):
+    with _traceable(text, decoder.trace), _deepstacked(text, decoder.trace, stack):  # type: ignore[arg-type]
         return to_onnx(decoder, example, inputs, outputs, None)

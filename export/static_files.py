@@ -84,7 +84,7 @@ def _save(model: ir.Model, path: Path, shelf: _Shelf) -> None:
                 offset,
                 len(bytes_),
                 tensor.dtype,
-                shape=ir.Shape(list(tensor.shape)),
+                shape=ir.Shape(list(tensor.numpy().shape)),
                 name=name,
                 base_dir=str(path.parent),
             )
