@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evals.parity import ParityCase
-from evals.torch_session import TorchSession
+from evals.torch_session import TorchSession, quiet_transformers
 from export import prompts, proof
 from export.prompts import Message
 from runtime.answer import Turn
@@ -117,12 +117,10 @@ def by_transformers(reference: TorchSession, session: Session, conversation: Con
     import torch
 
     prompts_ids = [ids for ids, _ in _prompts(session, conversation)]
-    found = dict(
-        reference.processor.apply_chat_template(
-            prompts.conversation(conversation.messages(reference)),
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        )
-    )  # fmt: skip
+    messages = prompts.conversation(conversation.messages(reference))
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    with quiet_transformers():
+        found = dict(reference.processor.apply_chat_template(messages, **options))
     ids = found["input_ids"]
     if ids[0].tolist() != prompts_ids[-1].tolist():
         raise ParityError("gate: the ids of a conversation are not the chat template's; wrong later segments")

@@ -211,19 +211,23 @@ class _Template:
         )
 
     def _later(self, text_only: bool) -> LaterTurn | None:
-        """A further turn, the same whether or not the first had a picture; None where it is not."""
+        """A further turn, the same whether or not the first had a picture; None where it is not.
+
+        Its pictures are left out where only they depend on the turn before.
+        """
         firsts = (1, 0) if text_only else (1,)
         try:
             found = [[self.turn_end(first, n) for n in (0, 1, _SEVERAL)] for first in firsts]
         except _Uncut:
             return None
         bare, one, two = found[0]
-        if any(other != found[0] for other in found) or len({(o, e) for o, e, _ in found[0]}) != 1:
+        if any(other[0] != bare for other in found) or len({(o, e) for o, e, _ in found[0]}) != 1:
             return None
+        shown = all(other[1:] == found[0][1:] for other in found)
         return LaterTurn(
             answer_before=bare[0],
             turn_end=self._ids(bare[1]),
-            user=self._with_image(one[2], two[2]),
+            user=self._with_image(one[2], two[2]) if shown else None,
             user_without_image=self._segments(bare[2]),
         )
 

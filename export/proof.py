@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from evals.torch_session import quiet_transformers
 from export import prompts
 from export.checkpoint import Checkpoint
 from export.prompts import Message
@@ -100,9 +101,10 @@ def picture(number: int) -> Image.Image:
 
 def reference_ids(checkpoint: Checkpoint, messages: Sequence[Message]) -> list[int]:
     """What the checkpoint's processor makes of a conversation."""
-    found = checkpoint.processor.apply_chat_template(
-        prompts.conversation(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    with quiet_transformers():
+        found = checkpoint.processor.apply_chat_template(
+            prompts.conversation(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
     return [int(i) for i in np.asarray(found["input_ids"]).reshape(-1)]
 
 
@@ -220,6 +222,8 @@ def settle(checkpoint: Checkpoint, prompt: PromptSpec, image: ImageSpec, images:
         reason = prompts.later_reason(checkpoint) or "it depends on the turn before it"
         notes.append(f"one turn: a further one cannot be cut from the chat template: {reason}")
         return Claims(prompt, images, tuple(notes))
+    if prompt.later.user is None:
+        notes.append("no pictures in a further turn: the chat template writes them by the turns before")
     for later in (prompt.later, prompt.later.model_copy(update={"user": None}), None):
         prompt = prompt.model_copy(update={"later": later})
         if later is None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from PIL import Image
 import export
 import runtime
 from distill import fresh
-from export import gate, onnx, prompts, target
+from export import gate, onnx, target
 from export.checkpoint import load, read_config
 from export.families import FAMILIES, family_of
-from runtime import bundle, conformance, files, image
+from runtime import bundle, conformance, files
 from runtime.errors import CheckpointError, InputError, ParityError, PocketError, StateError
-from runtime.prompt import load_tokenizer, render
 from tests.checkpoints import RECIPE, smolvlm_config
 from tests.export.conftest import Exported
 
@@ -92,7 +91,7 @@ def test_export_checkpoint_replaces_only_its_own_bundles(
         tiny_checkpoint, out, precision="int8", sample_images=[sample], progress=lines.append
     )
     assert found == out and bundle.read(out).name == "student"
-    assert bundle.read(out).parity.cases == 7 and any("parity gate" in line for line in lines)
+    assert bundle.read(out).parity.cases == 8 and any("parity gate" in line for line in lines)
     hashes = [[part.sha256 for part in m.parts] for m in (bundle.read(out), exported.manifest("int8"))]
     assert hashes[0] == hashes[1]  # the same checkpoint gives the same bytes
     first = (out / bundle.MANIFEST_NAME).stat().st_ino
@@ -158,7 +157,7 @@ def test_importing_export_loads_no_torch() -> None:
 def test_unknown_format_and_precision_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"format 'tflite' .* onnx"):
         export.export_checkpoint(tiny_checkpoint, tmp_path / "a", to="tflite")
-    with pytest.raises(InputError, match=r"precision 'int2' .* fp32, int8, int4"):
+    with pytest.raises(InputError, match=r"precision 'int2' .* fp32, .*int8, .*int4"):
         export.export_all(tiny_checkpoint, tmp_path / "a", ["int8", "int2"])
 
 
@@ -300,11 +299,6 @@ def test_no_directory_gives_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
-        (
-            "processor_config.json",
-            {"image_processor": {"do_image_splitting": True}},
-            "do_image_splitting is True",
-        ),
         ("processor_config.json", {"image_processor": {"do_resize": False}}, "do_resize is False"),
         ("processor_config.json", {"image_processor": {"resample": 0}}, "resample is 0"),
         ("processor_config.json", {"image_seq_len": 4}, "4 image tokens, the model makes 16"),
@@ -341,40 +335,12 @@ def test_an_unknown_family_says_which_are_known_and_what_to_write(exported: Expo
     class Other:
         path, model_type = checkpoint.path, "fastvlm"
 
-    with pytest.raises(CheckpointError, match=r"'fastvlm'.*idefics3, smolvlm.*export/families/NAME\.py"):
+    with pytest.raises(CheckpointError, match=r"'fastvlm'.*idefics3.*smolvlm.*export/families/NAME\.py"):
         family_of(Other())  # type: ignore[arg-type]
     assert [family.model_types for family in FAMILIES]
 
 
 # --- chat templates ---------------------------------------------------
-
-
-def _with_system(template: str) -> str:
-    return template.replace(
-        "<|im_start|>{% for", "<|im_start|>System: be brief.<end_of_utterance>{{ '\\n' }}{% for", 1
-    )
-
-
-def _question_then_newline(template: str) -> str:
-    return template.replace("{{ line['text'] }}", "{{ '\\n' + line['text'] + ' ?' }}")
-
-
-@pytest.mark.parametrize("change", [_with_system, _question_then_newline])
-def test_other_templates_are_cut_into_equal_segments(copy: Path, change: Callable[[str], str]) -> None:
-    template = copy / "chat_template.jinja"
-    text = template.read_text()
-    template.write_text(change(text))
-    assert template.read_text() != text
-    checkpoint = load(copy)
-    spec = family_of(checkpoint).prompt(checkpoint)
-    tokenizer, images = load_tokenizer(copy / "tokenizer.json"), family_of(checkpoint).image(checkpoint)
-
-    def assembled(question: str, pictures: Sequence[Any]) -> list[int]:
-        prepared = [image.prepare(picture, images) for picture in pictures]
-        return render(spec, tokenizer, question, prepared).tolist()
-
-    count = prompts.prove(checkpoint, assembled, (1, 0))
-    assert count == 2 * len(prompts.PROOF_QUESTIONS)
 
 
 def _shouting(template: str) -> str:

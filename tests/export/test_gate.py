@@ -245,6 +245,7 @@ def test_float_bundle_is_within_the_order_of_summation(exported: Exported) -> No
 
 def test_cases_cover_the_preprocessing(exported: Exported) -> None:
     names = {case.name for case in exported.facts.cases}
-    assert names == {"large", "tall", "rotated-file", "alpha-file", "alpha", "no-picture"}
+    pictures = {"large", "tall", "rotated-file", "alpha-file", "alpha"}
+    assert names == {*pictures, "two-pictures", "no-picture"}
     assert all(len(case.forced) == gate.FORCED_STEPS for case in exported.facts.cases)
     assert all(dataclasses.is_dataclass(case) for case in exported.facts.cases)
