@@ -31,6 +31,7 @@ from export.calibrate import Calibration
 from export.checkpoint import Checkpoint
 from export.gate_cases import FORCED_STEPS, Once, make_cases, pictures
 from export.gate_limits import (
+    BATCH_BLOCKS,
     BATCH_EXACT,
     BATCH_SHARED,
     FP32_LIMITS,
@@ -274,7 +275,8 @@ def _check_batch(session: Session, staged: Path, draft: Manifest, cases: Sequenc
     if len(rows) < 2:
         return {}
     ops = {node.op_type for node in _read_part(staged, draft.part("decoder").path).graph}
-    limit = BATCH_SHARED if "DynamicQuantizeLinear" in ops else BATCH_EXACT
+    kinds = {"DynamicQuantizeLinear": BATCH_SHARED, "MatMulNBits": BATCH_BLOCKS}
+    limit = next((limit for op, limit in kinds.items() if op in ops), BATCH_EXACT)
     decoder = gate_batch.BatchDecoder(staged, draft)
     alone, together = _run(lambda: gate_batch.compare_rows(decoder, rows, cases[0].forced[:BATCH_STEPS]))
     found = {limit: rms_error(alone, together)}
