@@ -388,7 +388,7 @@ def _generation_options(**values: Any) -> GenerationOptions:
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint directory.")],
     out: Annotated[Path, typer.Option(help="Directory that the bundles go into.")],
-    to: Annotated[str, typer.Option(help="Format: onnx.")] = "onnx",
+    to: Annotated[str, typer.Option(help="Format: onnx or gguf.")] = "onnx",
     target: Annotated[
         str | None,
         typer.Option(help="android, jetson-orin, raspberry-pi, cpu or browser: sets what follows."),
@@ -402,8 +402,17 @@ def export(
         typer.Option(help="One or several, by commas: fp32, fp16, int8, int4, int4-b64, qdq-int8, ..."),
     ] = None,
     quant: Annotated[
-        str | None, typer.Option(help="auto: search the smallest inside --max-drop; or a policy.yaml.")
+        str | None,
+        typer.Option(
+            help="auto: search the smallest inside --max-drop; a policy.yaml; GGUF types: q8_0,q4_k_m."
+        ),
     ] = None,
+    rules: Annotated[
+        Path | None, typer.Option(help="GGUF: YAML with types of single tensors (docs/gguf.md).")
+    ] = None,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="GGUF: weigh columns by what prompts with pictures feed them.")
+    ] = False,
     max_drop: Annotated[float, typer.Option(help="Points of accuracy that --quant auto may lose.")] = 0.5,
     data: Annotated[
         Path | None,
@@ -436,8 +445,10 @@ def export(
         max_images=images,
         split_images=split,
     )
-    precisions = _precisions(plan, precision, quant)
+    precisions = _precisions(plan, precision, quant, to)
     _require("export", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))
+    if to == "gguf":
+        _require("gguf", ("gguf", "llama_cpp"))
     shared: dict[str, Any] = {"plan": plan, "image_required": image_required}
     with _progress("export") as progress:
         if quant == "auto":
@@ -462,16 +473,24 @@ def export(
 
             if data is not None:
                 shared["examples"] = auto_data.examples(auto_data.read(data), limit or 32)
+            if to == "gguf":
+                from export.gguf_kinds import Request, read_rules
+
+                shared["request"] = Request(read_rules(rules) if rules else (), imatrix)
             bundles = export_all(checkpoint, out, precisions, to=to, name=name, progress=progress, **shared)
     _print_bundles(bundles, as_json)
 
 
-def _precisions(plan: Plan, precision: str | None, quant: str | None) -> list[str]:
+def _precisions(plan: Plan, precision: str | None, quant: str | None, to: str) -> list[str]:
     """What --precision and --quant ask for; a target has its own."""
     from export.targets import default_precision
 
     if quant is not None and precision is not None:
         raise InputError(f"--quant {quant}: says the precision, so leave --precision {precision} out")
+    if to == "gguf":
+        if quant == "auto" or str(quant).endswith((".yaml", ".yml")):
+            raise InputError(f"--quant {quant}: is for --to onnx; GGUF takes types (q8_0,q4_k_m) and --rules")
+        return [part.strip().lower() for part in (quant or precision or "f16").split(",") if part.strip()]
     if quant not in (None, "auto") and not str(quant).endswith((".yaml", ".yml")):
         raise InputError(f"--quant: got {quant}, expected auto or a policy file ending in .yaml")
     asked = quant or precision

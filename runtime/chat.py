@@ -6,7 +6,7 @@ shares with the last one (`runtime/sequence.py`): two conversations over one ses
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from runtime.answer import Answer, Sources, Turn, sources_of
@@ -21,17 +21,22 @@ class Chat:
     """Turns about a picture, several or none. A cancelled answer is part of it as far as it came."""
 
     def __init__(self, session: Answering, source: Sources = None) -> None:
+        """Raises InputError when a picture is none."""
         self._session = session
-        self._pending: list[Any] = sources_of(source)  # pictures of the next question
+        self._pending: tuple[PreparedImage, ...] = ()  # pictures of the next question
         self.turns: list[Turn] = []
+        self.show(source)
 
     def show(self, source: Sources) -> None:
-        """Further pictures, for the next question."""
-        self._pending += sources_of(source)
+        """Further pictures, for the next question; all of them, or with an InputError none."""
+        self._pending += tuple(
+            each if isinstance(each, PreparedImage) else self._session.prepare(each)
+            for each in sources_of(source)
+        )
 
     def stream(self, question: str, options: GenerationOptions | None = None, **more: Any) -> Iterator[str]:
         """Text pieces of the answer; `more` as for the session's `stream`."""
-        images, before = self._prepared(), self._session.last_answer
+        images, before = self._pending, self._session.last_answer
         try:
             yield from self._session.stream(images, question, options, history=self.turns, **more)
         finally:
@@ -41,7 +46,7 @@ class Chat:
 
     def ask(self, question: str, options: GenerationOptions | None = None, **more: Any) -> Answer:
         """The whole answer; `more` as for the session's `ask`."""
-        images = self._prepared()
+        images = self._pending
         answer = self._session.ask(images, question, options, history=self.turns, **more)
         self._keep(question, images, answer)
         return answer
@@ -49,17 +54,10 @@ class Chat:
     def undo(self) -> None:
         """Forget the last turn; its pictures are those of the next question."""
         if self.turns:
-            self._pending = [*self.turns.pop().images, *self._pending]
+            self._pending = (*self.turns.pop().images, *self._pending)
 
-    def _prepared(self) -> tuple[PreparedImage, ...]:
-        """The next question's pictures, prepared once however often it is asked."""
-        self._pending = [
-            each if isinstance(each, PreparedImage) else self._session.prepare(each) for each in self._pending
-        ]
-        return tuple(self._pending)
-
-    def _keep(self, question: str, images: Sequence[PreparedImage], answer: Answer) -> None:
+    def _keep(self, question: str, images: tuple[PreparedImage, ...], answer: Answer) -> None:
         """The turn, unless it was cancelled before its first token: then it can be asked again."""
         if answer.token_ids:
-            self.turns.append(Turn(question, tuple(answer.token_ids), tuple(images)))
-            self._pending = []
+            self.turns.append(Turn(question, tuple(answer.token_ids), images))
+            self._pending = ()

@@ -53,6 +53,55 @@ def test_run_as_json(tiny_bundle: Path, photo: Path, session: Any) -> None:
     assert found["ttft_ms"] > 0
 
 
+def test_run_chooses_from_a_list(tiny_bundle: Path, photo: Path, session: Any) -> None:
+    choices = ["yes", "no", "a red circle"]
+    expected = session.ask(photo, QUESTION, choices=choices)
+    arguments = ("run", tiny_bundle, "--image", photo, QUESTION, "--choices", "yes, no,a red circle")
+    done = call(*arguments)
+    assert done.stdout == expected.text + "\n"
+    assert all(re.search(rf"^0\.\d{{4}}  -[\d.]+  {each}$", done.stderr, re.MULTILINE) for each in choices)
+    found = json.loads(call(*arguments, "--json").stdout)
+    assert [each["choice"] for each in found["scores"]] == choices
+    assert sum(each["probability"] for each in found["scores"]) == pytest.approx(1)
+
+
+def test_run_chats_over_stdin(tiny_bundle: Path, photo: Path, session: Any) -> None:
+    """Empty lines, an undone turn, a question that fails: the conversation goes on."""
+    chat, options = session.chat(photo), pocketvlm._generation_options(max_new_tokens=4)
+    wanted = [chat.ask(QUESTION, options)]
+    wanted.append(chat.ask("is it big?", options))
+    chat.undo()
+    wanted.append(chat.ask("is it red?", options))
+    lines = ["is it big?", "", "/undo", "is it red?", "why? " * 300, "/image absent.png", "/exit", "no"]
+    arguments = ("run", tiny_bundle, "--image", photo, QUESTION, "--chat", "--json", "--max-new-tokens", "4")
+    done = call(*arguments, input="\n".join(lines))
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["token_ids"] for each in found] == [each.token_ids for each in wanted]
+    assert found[1]["reused_tokens"] > found[0]["prompt_tokens"]
+    assert "pocketvlm: prompt: needs" in done.stderr
+    assert "pocketvlm: absent.png: cannot be read" in done.stderr
+    plain = call(*(each for each in arguments if each != "--json"), input="is it big?")
+    assert plain.stdout.splitlines() == [each.text.strip() for each in wanted[:2]]
+
+
+def test_run_says_what_it_runs_on(tiny_bundle: Path, photo: Path, session: Any) -> None:
+    arguments = ("run", tiny_bundle, QUESTION, "--max-new-tokens", "2", "--max-context", "128")
+    done = call(*arguments, "--image", photo, "--image", photo, "--providers", "CUDAExecutionProvider", "-v")
+    assert f"context 128 tokens, state {session.kv_bytes / 2 / 1024:.1f} KiB" in done.stderr
+    assert "CUDAExecutionProvider: skipped (not in this build of onnxruntime" in done.stderr
+    assert "CPUExecutionProvider: runs vision_encoder, embed_tokens, decoder" in done.stderr
+    quiet = call(*arguments, "--providers", "CUDAExecutionProvider,CPUExecutionProvider")
+    assert "CUDAExecutionProvider: skipped" in quiet.stderr
+    assert "CPUExecutionProvider" not in quiet.stderr
+
+
+def test_run_stops_before_a_text(tiny_bundle: Path, photo: Path, session: Any) -> None:
+    text = session.ask(photo, QUESTION, pocketvlm._generation_options(max_new_tokens=12)).text
+    stop = text[4:6]
+    done = call("run", tiny_bundle, "--image", photo, QUESTION, "--max-new-tokens", "12", "--stop", stop)
+    assert done.stdout == text[: text.index(stop)].lstrip() + "\n"
+
+
 def test_run_loads_no_torch(tiny_bundle: Path, photo: Path) -> None:
     """The modules that would be wrong on a device are made impossible to import."""
     script = (
@@ -72,6 +121,10 @@ def test_run_loads_no_torch(tiny_bundle: Path, photo: Path) -> None:
     [
         (["--top-p", "0"], "--top-p: got 0.0"),
         (["--repetition-penalty", "-1"], "--repetition-penalty: got -1.0"),
+        (["--min-p", "2"], "--min-p: got 2.0"),
+        (["--stop", ""], "--stop: got ; "),
+        (["--choices", "yes,yes"], "'yes' and 'yes' are the same answer"),
+        (["--max-context", "9999999"], "max_context: got 9999999, this bundle takes 1 to 256"),
         (["--image", "absent.png"], "absent.png: cannot be read (No such file or directory)"),
         (["--image", "pyproject.toml"], "pyproject.toml: is not an image that can be read"),
     ],
@@ -95,6 +148,10 @@ def test_no_image_where_one_is_needed(bundle_copy: Path) -> None:
     raw["prompt"]["user_without_image"] = None
     path.write_text(json.dumps(raw))
     assert "add an image" in refusal("run", bundle_copy, QUESTION)
+
+
+def test_no_question_is_one_line(tiny_bundle: Path) -> None:
+    assert "question: got none" in refusal("run", tiny_bundle)
 
 
 def test_no_bundle_is_one_line(tmp_path: Path) -> None:
@@ -183,7 +240,10 @@ def test_doctor_knows_the_extras_of_the_project() -> None:
 
 
 def test_doctor_checks_a_bundle(bundle_copy: Path) -> None:
-    assert f"bundle: {bundle_copy} conforms" in call("doctor", bundle_copy).stdout
+    said = call("doctor", bundle_copy).stdout
+    assert f"bundle: {bundle_copy} conforms" in said
+    assert "bundle: context 256 tokens, state " in said
+    assert "bundle: CPUExecutionProvider: runs " in said
     (bundle_copy / "tokenizer.json").write_text("{}")
     assert "sha256" in refusal("doctor", bundle_copy)
 
