@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export import gguf_kinds
+from export.gguf_kinds import Request
 from export.quantize_policy import resolve
 from export.targets import STATIC_PRECISIONS, Plan, check_precision
 from runtime.errors import InputError
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "PRECISIONS", "export_all", "export_checkpoint"]
 
-FORMATS = ("onnx",)
-"""GGUF and Core ML join here."""
+FORMATS = ("onnx", "gguf")
+"""Core ML joins here."""
 
 PRECISIONS = ("fp32", "int8", "int4")
-"""Those of `export_all`; every name and YAML file that `quantize_policy.resolve` knows may be given."""
+"""Those of `export_all`; every name and YAML file that `quantize_policy.resolve` knows may be given. GGUF has
+its own: `export.llamacpp.KINDS`."""
 
 
 def export_checkpoint(
@@ -39,19 +42,21 @@ def export_checkpoint(
     image_required: bool = False,
     plan: Plan | None = None,
     examples: Sequence[tuple[ImageInput, str]] = (),
+    request: Request | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write one bundle to `out` and return it; the parity gate has passed when this returns.
 
     `sample_images` (paths, bytes or PIL images) join the gate's own pictures. With `image_required` the
     bundle refuses a question without an image, which a model that never saw one would answer blindly.
-    `plan` (`export.targets.plan_for`) says for which target; by default for any computer.
-    `examples`: pictures with questions that calibrated precisions (`-gptq`, `-kv8`) look at instead of the
-    gate's own. `progress` gets one line at the start of every step.
+    `plan` (`export.targets.plan_for`) says for which target; by default for any computer. `examples`:
+    pictures with questions that calibrated precisions (`-gptq`, `-kv8`, GGUF's importance) look at instead of
+    the gate's own. `request`: GGUF's rules and importance matrix. `progress` gets one line at the start of
+    every step.
     Raises PocketError: CheckpointError, InputError, ParityError or StateError.
     """
     _check_names(to, [precision], plan)
-    found = _writer(plan)(
+    found = _writer(to, plan)(
         Path(checkpoint),
         {precision: Path(out)},
         names={precision: name or Path(out).name},
@@ -60,6 +65,7 @@ def export_checkpoint(
         plan=plan,
         progress=progress,
         **_examples(plan, examples),
+        **({"request": request} if to == "gguf" else {}),
     )
     return found[0]
 
@@ -75,6 +81,7 @@ def export_all(
     image_required: bool = False,
     plan: Plan | None = None,
     examples: Sequence[tuple[ImageInput, str]] = (),
+    request: Request | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Write `<out_dir>/<name>-<to>-<precision>` for every precision from one trace of the checkpoint.
@@ -84,9 +91,10 @@ def export_all(
     """
     _check_names(to, precisions, plan)
     base = "-".join([name or Path(checkpoint).resolve().name, to, *_marks(plan)])
-    names = {precision: f"{base}-{_short(precision)}" for precision in precisions}
+    short = (lambda kind: kind) if to == "gguf" else _short
+    names = {precision: f"{base}-{short(precision)}" for precision in precisions}
     targets = {precision: Path(out_dir) / names[precision] for precision in precisions}
-    return _writer(plan)(
+    return _writer(to, plan)(
         Path(checkpoint),
         targets,
         names=names,
@@ -95,10 +103,15 @@ def export_all(
         plan=plan,
         progress=progress,
         **_examples(plan, examples),
+        **({"request": request} if to == "gguf" else {}),
     )
 
 
-def _writer(plan: Plan | None) -> Callable[..., list[Path]]:
+def _writer(to: str, plan: Plan | None) -> Callable[..., list[Path]]:
+    if to == "gguf":
+        from export.gguf import export_gguf
+
+        return export_gguf
     if plan is not None and plan.static:
         from export.static_bundle import export_static
 
@@ -132,6 +145,10 @@ def _check_names(to: str, precisions: Sequence[str], plan: Plan | None) -> None:
         raise InputError(f"format {to!r} is not known; choose from {', '.join(FORMATS)}")
     if not precisions:
         raise InputError(f"no precision given; choose from {', '.join(PRECISIONS)}")
+    if to == "gguf":
+        for precision in precisions:
+            gguf_kinds.check(precision)
+        return
     for precision in precisions:
         check_precision(plan or Plan(), precision)
         if not precision.startswith("qdq-"):

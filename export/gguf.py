@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, onnx, target
 from export.checkpoint import load
 from export.families.gguf import gguf_family
+from export.gguf_kinds import DIRECT, Request, check
 from export.gguf_plan import Plan as FilePlan
 from export.gguf_source import Source, open_source
 from export.gguf_write import write
-from export.llamacpp import DIRECT, TensorRule, check_kind
 from export.onnx import Facts, Progress
 from export.targets import Plan
 from runtime import bundle
@@ -37,15 +37,6 @@ from runtime.manifest import Fallback, Manifest, Part
 _TOOLS = ("torch", "transformers", "gguf", "llama-cpp-python")
 _VISION = {"f32": "f32", "f16": "f16", "bf16": "f16"}
 """mmproj by the text model's type; q8_0 with every smaller one (q4_0 moves image features by half)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of every bundle: `rules` set tensors of the text model apart, `importance`: weigh columns
-    by what image-conditioned prompts feed them."""
-
-    rules: tuple[TensorRule, ...] = ()
-    importance: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ def export_gguf(
 ) -> list[Path]:
     """Write one bundle per type in `targets`, in that order. Raises PocketError; see the gate."""
     for kind, path in targets.items():
-        check_kind(kind)
+        check(kind)
         target.check(path)
     say = progress or (lambda _: None)
     say("reading the checkpoint")
@@ -83,7 +74,7 @@ def export_gguf(
         work = Work(facts, found, request or Request(), Path(scratch))
         for kind, path in targets.items():
             with target.staging(path) as staged:
-                work.build(staged, check_kind(kind), names[kind])
+                work.build(staged, check(kind), names[kind])
     return list(targets.values())
 
 
@@ -119,8 +110,8 @@ class Work:
         draft = self._draft(staged, kind, name, parts)
         gguf_modelfile.write(staged, draft)
         facts.say(f"{kind}: parity gate")
-        reference = None if kind in DIRECT else self._base()
-        parity = gguf_gate.check(facts, staged, draft, kind, reference)
+        base = {} if kind == "f32" else {"text_model": self._base(), "mmproj": self._base_vision()}
+        parity = gguf_gate.check(facts, staged, draft, kind, base)
         facts.say(f"{kind}: conformance vectors")
         vectors = onnx.write_conformance(facts, staged, draft, gguf_gate.SPREAD)
         bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
@@ -146,6 +137,12 @@ class Work:
         path = self.scratch / "text-f32.gguf"
         if not path.exists():
             write(self.files.text, self.files.source, path, "f32")
+        return path
+
+    def _base_vision(self) -> Path:
+        path = self.scratch / "mmproj-f32.gguf"
+        if not path.exists():
+            write(self.files.vision, self.files.source, path, "f32")
         return path
 
     def _importance(self) -> Mapping[str, NDArray[np.float32]]:

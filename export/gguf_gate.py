@@ -12,7 +12,7 @@ of float32 files differ more than the text model's logits do.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +39,23 @@ SPREAD = 0.05
 """Conformance tolerance over the largest logit: flash attention and a float16 cache in use."""
 
 TEXTS = 400
-_VISION_RMS = {"f32": 0.02, "f16": 0.02, "bf16": 0.02, "q8_0": 0.06}
-_TEXT_RMS = {"f32": 2e-3, "f16": 0.02, "bf16": 0.1, "q8_0": 0.1}
+_VISION_RMS = {"f32": 0.02, "f16": 0.02, "q8_0": 0.25}
+_TEXT_RMS = {"f32": 2e-3, "f16": 0.02, "bf16": 0.25, "q8_0": 0.25}
 _WEIGHT_RMS = {"q8_0": 0.01, "q6_k": 0.03, "q5_k_m": 0.06, "q4_k_m": 0.12, "q4_0": 0.14, "iq4_nl": 0.14}
-"""Root mean square of a tensor's rounding over its own; half of a step of a grid of that many bits, roughly."""
+"""Root mean square of a tensor's rounding over its own; about half of a step of a grid of that many bits."""
 
 _PIECES = (
-    " ", "  ", "\n", "\n\n", "\t", "\r\n", "a", "The", "the", "red circle", "naïve", "漢字", "🙂", "0", "12", "345",
-    "1,234.5", "don't", "I'LL", "we've", "(x)", "--", "...", "é", "é", "\u200d", "ﬁ", "ß", "А", "ا", "<", ">", "_",
+    " ", "  ", "\n", "\n\n", "\t", "\r\n", "a", "The", "the", "red circle", "naïve", "漢字", "🙂", "0", "12",
+    "345", "1,234.5", "don't", "I'LL", "we've", "(x)", "--", "...", "é", "e\u0301", "\u200d", "ﬁ", "ß",
+    "<", ">", "_",
 )  # fmt: skip
 
 
-def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Path | None) -> Parity:
-    """Hold the files in `staged` against the checkpoint. `base`: float32 text model of a quantized one.
+def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Mapping[str, Path]) -> Parity:
+    """Hold the files in `staged` against the checkpoint. `base`: by role the float32 files of rounded ones.
 
-    Raises ParityError or BundleError.
+    What small types cost in answers is for the evaluation to judge: below 8 bits the text model's logits have
+    no limit, its weights have. Raises ParityError or BundleError.
     """
     paths = {part.role: bundle.locate(staged, part.path) for part in draft.parts}
     tokenizer = load_tokenizer(staged / draft.tokenizer.file.path)
@@ -61,8 +63,8 @@ def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Path | N
     gate.check_prompts(facts.checkpoint, staged, draft, facts.geometry)
     _check_pixels(facts, facts.geometry)
     figures: dict[str, float] = {}
-    if base is not None:
-        figures["weight_rms_error"] = same_but_rounded(base, paths["text_model"], kind)
+    for role, plain in base.items():
+        figures[f"{role}_weight_rms_error"] = same_but_rounded(plain, paths[role], kind)
     backend = GgufBackend(staged, draft, RunSettings(threads=1), context_of(facts, draft), FIDELITY)
     with Session(draft, backend, tokenizer, max_context=draft.limits.context, reuse=False) as session:
         check_tokenizer(tokenizer, backend.text, facts.checkpoint.path)
@@ -72,7 +74,7 @@ def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Path | N
     limits = {}
     for result, limit in (
         (whole, _vision_limit(draft)),
-        *([] if base is not None else [(text, _text_limit(kind))]),
+        *([(text, _text_limit(kind))] if kind in _TEXT_RMS else []),
     ):
         _judge(result, limit)
         limits[limit.figure if result is whole else f"text_{limit.figure}"] = limit.most
@@ -180,7 +182,9 @@ def check_tokenizer(tokenizer: Tokenizer, text: TextModel, path: Path) -> int:
     """llama.cpp's ids equal the tokenizer's on many texts; their number. Raises ParityError with the text."""
     chosen = random.Random(0)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    pieces = [*_PIECES, *special]
+    known = chosen.sample(range(tokenizer.get_vocab_size()), min(TEXTS, tokenizer.get_vocab_size()))
+    # texts of the vocabulary's own words: merges across the borders of a wrong rule show
+    pieces = [*_PIECES, *special, *(tokenizer.decode([i], skip_special_tokens=False) for i in known)]
     texts = [
         *proof.QUESTIONS,
         *("".join(chosen.choices(pieces, k=chosen.randint(1, 12))) for _ in range(TEXTS)),

@@ -1,7 +1,7 @@
 """Importance of weights for llama.cpp's quantization, from prompts with pictures.
 
 In: the checkpoint as a session, cases, the plan of the text model's file. Out: mean squared input of each
-matrix by column, under its GGUF name: what llama.cpp's importance matrix holds (its own tool sees text alone).
+matrix by column, under its GGUF name: what an importance matrix holds (llama.cpp's tool sees text alone).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A `Modelfile` beside the GGUF files, so that `ollama create` takes them.
 
-In: a bundle's manifest. Out: the file. Not here: running Ollama, which has not been tried.
+In: a bundle's manifest. Out: the file. Not here: running Ollama, which was not tried.
 
-Ollama's templates are Go's; the manifest's segments are ids, so their text is written out between Go's fields.
+Ollama's templates are Go's; the manifest's segments are ids, so their text stands between Go's fields.
 """
 
 from __future__ import annotations

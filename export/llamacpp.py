@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import collections
 import ctypes
-import difflib
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +18,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from export.gguf_kinds import TensorRule
 from runtime import gguf_library
 from runtime.errors import CheckpointError, InputError
 from runtime.manifest import WeightBits
-
-DIRECT = ("f32", "f16", "bf16", "q8_0")
-"""Written by our own converter."""
-
-QUANTIZED = ("q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl")
-"""Made by llama.cpp from the f16 file (f32 if the checkpoint is)."""
-
-KINDS = (*DIRECT, *QUANTIZED)
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """Tensors whose GGUF name matches `tensor` (as in fnmatch) get `type`; the first match decides."""
-
-    tensor: str
-    type: str
-
-
-def check_kind(kind: str) -> str:
-    """The kind in lower case. Raises InputError with the nearest known one."""
-    found = kind.lower().replace("-", "_")
-    if found not in KINDS:
-        near = difflib.get_close_matches(found, KINDS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"GGUF type {kind!r} is not known; {hint}choose from {', '.join(KINDS)}")
-    return found
 
 
 def ggml_type(name: str) -> gguf.GGMLQuantizationType:

@@ -160,6 +160,13 @@ def plan_for(
 
 
 def _of(target: Target, to: str) -> Plan:
+    if to == "gguf":  # llama.cpp runs on all of them; what it needs of a target are the ceilings
+        return Plan(
+            target=target.name,
+            max_context=target.max_context,
+            max_image_tokens=target.max_image_tokens,
+            max_images=target.max_images,
+        )
     if target.format != to:
         others = ", ".join(each.name for each in TARGETS if each.format == to)
         raise InputError(

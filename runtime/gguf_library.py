@@ -100,9 +100,11 @@ class TextModel:
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of a full context, all layers counted as attention."""
+        """Keys and values of a full context, all layers counted as attention: at most this."""
         lib = self._lib
-        heads, layers = lib.llama_model_n_head_kv(self.model), lib.llama_model_n_layer(self.model)
+        # of a model that mixes layers only those of the first one are told, and that may have none
+        heads = lib.llama_model_n_head_kv(self.model) or lib.llama_model_n_head(self.model)
+        layers = lib.llama_model_n_layer(self.model)
         head = self.hidden // lib.llama_model_n_head(self.model)
         return int(2 * layers * heads * head * self._cache_width * lib.llama_n_ctx(self.context))
 

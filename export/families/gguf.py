@@ -390,6 +390,11 @@ class QwenVlGguf:
     def vision(self, config: Config, preprocessor: Config, names: Sequence[str]) -> Plan:
         vision, newer = config["vision_config"], config["model_type"] == "qwen3_vl"
         indexes = vision.get("deepstack_visual_indexes", [])
+        if len(indexes) >= int(config["text_config"]["num_hidden_layers"]):
+            raise CheckpointError(
+                f"{len(indexes)} deepstack layers: llama.cpp needs more text layers than that "
+                f"({config['text_config']['num_hidden_layers']})"
+            )
 
         def special(rest: str, source: str) -> list[Piece] | None:
             if rest == "patch_embed.proj.weight":
@@ -426,6 +431,10 @@ class QwenVlGguf:
             marks = [layer in vision["deepstack_visual_indexes"] for layer in range(int(vision["depth"]))]
             writer.add_vision_is_deepstack_layers(marks)
             return
+        if int(vision.get("window_size", 112)) != 112:
+            raise CheckpointError(
+                f"vision_config.window_size {vision['window_size']}: llama.cpp knows 112 alone"
+            )
         full = [int(layer) for layer in vision["fullatt_block_indexes"]]
         pattern = full[0] + 1
         if full != list(range(pattern - 1, int(vision["depth"]), pattern))[: len(full)]:

@@ -1,0 +1,274 @@
+"""GGUF bundles of every family through llama.cpp: parity, sessions, quantization, damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+
+from export import gguf_gate, llamacpp  # noqa: E402
+from export.gguf import export_gguf, plan_files  # noqa: E402
+from export.gguf_kinds import QUANTIZED, Request, TensorRule, check, read_rules  # noqa: E402
+from export.gguf_tokenizer import pre_tokenizer  # noqa: E402
+from export.gguf_write import write as write_file  # noqa: E402
+from export.llamacpp import quantize, weight_bits  # noqa: E402
+from runtime import bundle, conformance  # noqa: E402
+from runtime.errors import CheckpointError, InputError, ParityError  # noqa: E402
+from runtime.generation import GenerationOptions  # noqa: E402
+from runtime.session import Session, open_bundle  # noqa: E402
+from tests import gguf_checkpoints  # noqa: E402
+
+NAMES = ("smolvlm", "smolvlm_tiles", "qwen2_5_vl", "qwen3_vl", "internvl", "lfm2_vl")
+SHORT = GenerationOptions(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("gguf")
+    return {name: gguf_checkpoints.write(name, root / name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """float32 of each family; the gate has passed when this returns."""
+    out = tmp_path_factory.mktemp("bundles")
+    for name, checkpoint in checkpoints.items():
+        export_gguf(checkpoint, {"f32": out / name}, names={"f32": name})
+    return {name: out / name for name in checkpoints}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def session(bundles: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Session]:
+    with open_bundle(bundles[request.param], threads=1) as opened:
+        yield opened
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (96, 72)) -> Image.Image:
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+# --- parity -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_model_is_the_checkpoints_and_features_are_near(bundles: dict[str, Path], name: str) -> None:
+    parity = bundle.read(bundles[name]).parity
+    assert parity.figures["text_top1_agreement"] == 1.0
+    assert parity.figures["text_logit_rms_error"] < 2e-3
+    assert parity.figures["feature_rms_error"] < 0.02, "ggml's float16 tables"
+    assert set(parity.limits) == {"feature_rms_error", "text_logit_rms_error"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_conforms(bundles: dict[str, Path], name: str) -> None:
+    with open_bundle(bundles[name], threads=1) as opened:
+        assert conformance.check(opened, bundles[name]) == []
+
+
+def test_features_in_another_order_are_seen(bundles: dict[str, Path], session: Session) -> None:
+    """The limits alone must see what a wrong layout of the vision model would do."""
+    prepared = session.prepare(picture())
+    features = session.encode_image(prepared)
+    turned = type(features)(features.tokens[::-1].copy(), features.grids, features.deepstack)
+    error = np.sqrt(np.mean((turned.tokens - features.tokens) ** 2) / np.mean(features.tokens**2))
+    assert error > 10 * 0.02
+
+
+# --- sessions ---------------------------------------------------------
+
+
+def test_a_second_question_gives_what_a_fresh_one_gives(session: Session) -> None:
+    image = picture()
+    first = session.ask(image, "what color?", SHORT)
+    assert session.ask(image, "what color?", SHORT).token_ids == first.token_ids
+    second = session.ask(image, "is it red?", SHORT)
+    other = session.ask(picture(1), "is it red?", SHORT)
+    assert session.ask(image, "is it red?", SHORT).token_ids == second.token_ids
+    assert other.stats.image_tokens and second.stats.prompt_tokens
+
+
+def test_prefill_equals_prefill_and_decode(session: Session) -> None:
+    prepared = session.prepare(picture())
+    ids, features = session.prompt_ids("what color?", [prepared]), session.encode_image(prepared)
+    whole = session.prefill(ids, [features])
+    session.prefill(ids[:-3], [features])
+    for token in ids[-3:]:
+        logits = session.decode(int(token))
+    # the speed settings: flash attention and a float16 cache
+    assert np.abs(logits - whole).max() < 0.02 * np.abs(whole).max()
+
+
+def test_a_question_without_a_picture(session: Session) -> None:
+    if session.manifest.prompt.user_without_image is not None:
+        assert session.ask(None, "what color?", SHORT).token_ids
+
+
+def test_choices_and_streaming(session: Session) -> None:
+    pieces = list(session.stream(picture(), "what color?", SHORT))
+    assert "".join(pieces) == session.ask(picture(), "what color?", SHORT).text
+    assert session.kv_bytes > 0
+
+
+# --- quantization -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 256, the block of k-quants."""
+    return gguf_checkpoints.write("smolvlm", tmp_path_factory.mktemp("wide") / "wide", hidden=256)
+
+
+def test_named_types_store_what_they_say(wide: Path, tmp_path: Path) -> None:
+    files = plan_files(wide)
+    base = tmp_path / "base.gguf"
+    write_file(files.text, files.source, base, "f32")
+    sizes = {}
+    for kind in QUANTIZED:
+        out = tmp_path / f"{kind}.gguf"
+        quantize(base, out, kind)
+        assert gguf_gate.same_but_rounded(base, out, kind) > 0
+        stored = weight_bits(out)[0].scheme
+        assert stored == kind.removesuffix("_m") or stored == kind
+        sizes[kind] = out.stat().st_size
+    assert sizes["q6_k"] > sizes["q5_k_m"] > sizes["q4_k_m"] > sizes["q4_0"]
+
+
+def test_rules_and_importance(wide: Path, tmp_path: Path) -> None:
+    rules = (TensorRule("blk.0.ffn_*", "q8_0"),)
+    plain, weighed = (tmp_path / name for name in ("plain", "weighed"))
+    export_gguf(wide, {"q4_k_m": plain}, names={"q4_k_m": "m"}, request=Request(rules=rules))
+    export_gguf(wide, {"q4_k_m": weighed}, names={"q4_k_m": "m"}, request=Request(importance=True))
+    manifests = [bundle.read(path) for path in (plain, weighed)]
+    assert [manifest.precision for manifest in manifests] == ["q4_k_m", "q4_k_m-imatrix"]
+    schemes = {bits.scheme for bits in manifests[0].part("text_model").bits}
+    assert {"q4_k", "q6_k", "q8_0"} <= schemes
+    texts = [
+        (path / m.part("text_model").path).read_bytes()
+        for path, m in zip((plain, weighed), manifests, strict=True)
+    ]
+    assert texts[0] != texts[1]
+    assert "Not tried" in (plain / "Modelfile").read_text()
+
+
+def test_rows_that_do_not_fit_are_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    export_gguf(checkpoints["smolvlm"], {"q4_k_m": tmp_path / "b"}, names={"q4_k_m": "b"})
+    part = bundle.read(tmp_path / "b").part("text_model")
+    assert part.fallbacks and part.fallbacks[0].asked == "q4_k_m"
+    assert part.fallbacks[0].got != "q4_k"
+    assert all(bits.bits >= 8 for bits in bundle.read(tmp_path / "b").part("mmproj").bits)
+
+
+def test_unknown_names_are_told() -> None:
+    with pytest.raises(InputError, match="did you mean q4_k_m"):
+        check("q4_km")
+    with pytest.raises(InputError, match="is not known"):
+        llamacpp.ggml_type("q9")
+
+
+def test_rules_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text("rules: [{tensor: 'blk.*.ffn_down.*', type: q8_0}]")
+    assert read_rules(path) == (TensorRule("blk.*.ffn_down.*", "q8_0"),)
+    path.write_text("rules: [{tensors: x, type: q8_0}]")
+    with pytest.raises(InputError, match=r"rules\.0\.tensor"):
+        read_rules(path)
+    path.write_text("rules: [")
+    with pytest.raises(InputError, match="expected rules"):
+        read_rules(path)
+
+
+def test_a_rule_that_matches_nothing(wide: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="matches no tensor"):
+        export_gguf(
+            wide, {"q4_0": tmp_path / "b"}, names={"q4_0": "b"},
+            request=Request(rules=(TensorRule("blk.9.*", "q8_0"),)),
+        )  # fmt: skip
+    assert not (tmp_path / "b").exists()
+
+
+# --- damage -----------------------------------------------------------
+
+
+def _copy(checkpoint: Path, out: Path, name: str) -> Path:
+    """To be damaged."""
+    return Path(shutil.copytree(checkpoint, out / name))
+
+
+def test_an_unknown_pre_tokenizer_fails(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    copy = _copy(checkpoints["smolvlm"], tmp_path, "odd")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    with pytest.raises(CheckpointError, match="no known counterpart"):
+        pre_tokenizer(content, copy)
+
+
+def test_a_wrong_pre_tokenizer_is_seen(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that merges 1 and 2, under a rule that takes digits one by one."""
+    copy = _copy(checkpoints["smolvlm"], tmp_path, "digits")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    model = content["model"]
+    last = "".join(model["merges"].pop())
+    model["merges"].append(["1", "2"])
+    model["vocab"]["12"] = model["vocab"].pop(last)
+    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    monkeypatch.setattr("export.gguf_tokenizer.pre_tokenizer", lambda *_: "smollm")
+    with pytest.raises(ParityError, match=r"llama\.cpp reads"):
+        export_gguf(copy, {"f32": tmp_path / "b"}, names={"f32": "b"})
+    assert not (tmp_path / "b").exists()
+    monkeypatch.undo()
+    export_gguf(copy, {"f32": tmp_path / "b"}, names={"f32": "b"})
+
+
+def test_a_tensor_that_nobody_knows_fails(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = _copy(checkpoints["internvl"], tmp_path, "more")
+    weights = load_file(copy / "model.safetensors")
+    prefix = next(name for name in weights if "vision_tower" in name).split("vision_tower")[0]
+    weights[f"{prefix}vision_tower.encoder.layer.0.odd.weight"] = weights[next(iter(weights))].clone()
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="no name for it in GGUF"):
+        plan_files(copy)
+
+
+@pytest.mark.parametrize("place", ["blk.0.attn_q.weight", "blk.1.ffn_down.weight", "token_embd.weight"])
+def test_another_text_tensor_breaks_the_gate(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    _change(monkeypatch, place)
+    with pytest.raises(ParityError, match="gate"):
+        export_gguf(checkpoints["qwen3_vl"], {"f32": tmp_path / "b"}, names={"f32": "b"})
+
+
+@pytest.mark.parametrize("place", ["v.position_embd.weight", "v.blk.0.attn_qkv.weight", "mm.0.weight"])
+def test_another_vision_tensor_breaks_the_gate(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    _change(monkeypatch, place)
+    with pytest.raises(ParityError, match="gate"):
+        export_gguf(checkpoints["qwen3_vl"], {"f32": tmp_path / "b"}, names={"f32": "b"})
+
+
+def _change(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The writer stores the tensor `place` with its rows in another order."""
+    from export import gguf_write
+
+    real = gguf_write._data
+
+    def data(piece, source, kind):  # type: ignore[no-untyped-def]
+        found = real(piece, source, kind)
+        return np.ascontiguousarray(found[::-1]) if piece.name == place else found
+
+    monkeypatch.setattr(gguf_write, "_data", data)
