@@ -54,9 +54,36 @@ def refusal(node: ir.Node) -> str | None:
         return f"{node.op_type} has no float16" if any(array.size > 1 for array in floats) else ""
     if not places:
         return ""
+    if _counted(node):
+        large = any(array.size > 1 for array in floats)
+        return "computed from whole numbers, which float16 has up to 2048" if large else ""
     if any(np.abs(array).max() > _LARGEST for array in floats):
         return f"a constant is larger than {_LARGEST:.0f}"
     return None
+
+
+def _counted(node: ir.Node) -> bool:
+    """Whether its computed floats all come from integers: positions, and the angles made of them."""
+    left, seen = [node], set()
+    while left:
+        each = left.pop()
+        places = _float_inputs(each) or ()
+        computed = [x for i in places if (x := each.inputs[i]) is not None and constant(x) is None]
+        if not computed or each.op_type == "MatMul":
+            return False
+        for value in computed:
+            source = value.producer()
+            if source is None:
+                return False
+            if not _from_integers(source) and source not in seen:
+                seen.add(source)
+                left.append(source)
+    return True
+
+
+def _from_integers(node: ir.Node) -> bool:
+    source = node.inputs[0] if node.op_type == "Cast" else None
+    return source is not None and source.dtype in (ir.DataType.INT64, ir.DataType.INT32)
 
 
 def _float_inputs(node: ir.Node) -> tuple[int, ...] | None:

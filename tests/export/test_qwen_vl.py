@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import runtime
-from export import onnx
+from export import onnx, quantize
 from export.checkpoint import load
 from export.families import family_of
 from export.families.qwen_vision import QwenVision
@@ -375,6 +375,20 @@ def test_a_damaged_part_fails_the_gate(
     assert part.read_bytes() != before
     with pytest.raises(ParityError):
         judge(traced(name), precision, folder, manifest, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_angles_and_places_stay_float32_in_half_precision(traced: Prepared, name: str) -> None:
+    """float16 holds whole numbers up to 2048: positions behind that would fall together."""
+    for role in ("vision_encoder", "decoder"):
+        model = quantize.quantize(traced(name).graphs[role], role, quantize.policy("fp16"))
+        waves = [node for node in model.graph if node.op_type in ("Cos", "Sin", "Floor")]
+        assert len(waves) >= 2
+        for node in waves:
+            source = node.inputs[0]
+            assert source is not None and source.dtype == ir.DataType.FLOAT
+        halves = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT16]
+        assert len(halves) > 10
 
 
 # --- checkpoints of other kinds ---------------------------------------
