@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from torch import nn
 
 from export.decoder import DecoderShape, _Decoder, _Trace, _traceable, to_onnx
 from export.decoder import io_names as plain_names
-from export.passes import MICROSOFT, add_initializer
+from export.passes import MICROSOFT, add_initializer, producer
 
 TYPES_INPUT = "token_type_ids"
 _HIDDEN = float(np.finfo(np.float32).min)  # what transformers adds to a score that is masked
@@ -126,7 +127,32 @@ def trace_windowed(text: nn.Module, head: nn.Module, shape: WindowedShape) -> ir
         _traceable(text, trace, fold_rope=False),
         _by_kind(text, decoder, trace, shape.kinds),
     ):
-        return to_onnx(decoder, example, inputs, outputs, dynamic)
+        model = to_onnx(decoder, example, inputs, outputs, dynamic)
+    drop_transposes(model)
+    return model
+
+
+def drop_transposes(model: ir.Model) -> int:
+    """A norm of the last axis between two transposes that undo each other needs neither."""
+    graph, changed = model.graph, 0
+    for node in list(graph):
+        norm = producer(node.inputs[0], "SimplifiedLayerNormalization") if _swaps_heads(node) else None
+        first = norm.inputs[0].producer() if norm is not None and norm.inputs[0] is not None else None
+        if norm is None or first is None or not _swaps_heads(first) or len(list(norm.outputs[0].uses())) > 1:
+            continue
+        source = first.inputs[0]
+        assert source is not None
+        norm.replace_input_with(0, source)
+        norm.outputs[0].shape = source.shape
+        node.outputs[0].replace_all_uses_with(norm.outputs[0])
+        graph.remove(node, safe=True)
+        changed += 1
+    common.RemoveUnusedNodesPass()(model)
+    return changed
+
+
+def _swaps_heads(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]
 
 
 # --- both ways --------------------------------------------------------
@@ -168,7 +194,9 @@ class _Builder:
         name = f"{self._prefix}.{op_type}_{len(self._nodes)}"
         node = ir.node(op_type, list(inputs), attributes=attributes, name=name)
         node.outputs[0].name = f"{name}.out"
-        node.outputs[0].dtype = dtype or next((x.dtype for x in inputs if x is not None), None)
+        found = dtype or next((x.dtype for x in inputs if x is not None), None)
+        if found is not None:
+            node.outputs[0].dtype = found
         self._nodes.append(node)
         return node.outputs[0]
 
@@ -253,7 +281,9 @@ def _if(
     attributes = {"then_branch": graphs[0], "else_branch": graphs[1]}
     node = ir.node("If", [condition], attributes=attributes, num_outputs=count, name=name)
     for index, (output, like) in enumerate(zip(node.outputs, then[1], strict=True)):
-        output.name, output.dtype = f"{name}.out{index}", like.dtype
+        output.name = f"{name}.out{index}"
+        if like.dtype is not None:
+            output.dtype = like.dtype
     return node
 
 
@@ -271,7 +301,9 @@ def _branch(graph: ir.Graph, node: ir.Node, front: _Front) -> None:
         name=f"{name}.causal",
     )
     for output, like, kind in zip(inside.outputs, outputs, ("out", "key", "value"), strict=True):
-        output.name, output.dtype = f"{name}.causal.{kind}", like.dtype
+        output.name = f"{name}.causal.{kind}"
+        if like.dtype is not None:
+            output.dtype = like.dtype
     whole = _if(front.has_images, (then, outputs), ([inside], list(inside.outputs)), f"{name}.if")
     graph.insert_before(node, whole)
     for old, new in zip(node.outputs, whole.outputs, strict=True):

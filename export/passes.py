@@ -247,10 +247,10 @@ def pack_qkv(model: ir.Model) -> int:
 
 
 def pack_gate_up(model: ir.Model) -> int:
-    """One MatMul (and one bias) for the gate and up projections of a SiLU-gated MLP, then a Split."""
+    """One MatMul (and one bias) for the gate and up projections of a gated MLP, then a Split."""
     graph, packed = model.graph, 0
     for node in list(graph):
-        gate = _projection(node.inputs[0]) if node.op_type == "Sigmoid" else None
+        gate = _projection(node.inputs[0]) if node.op_type in ("Sigmoid", "Gelu") else None
         up = _gated_partner(node) if gate is not None else None
         if gate is None or up is None or not _packable([gate, up]):
             continue
@@ -263,7 +263,13 @@ def pack_gate_up(model: ir.Model) -> int:
 
 
 def _gated_partner(sigmoid: ir.Node) -> tuple[ir.Node, ir.Node | None] | None:
-    """The up projection in `gate * sigmoid(gate) * up`, whatever the order of the factors."""
+    """The up projection in `gate * sigmoid(gate) * up` or `gelu(gate) * up`, in any order of the factors."""
+    if sigmoid.op_type == "Gelu":
+        last = [user for user, _ in sigmoid.outputs[0].uses()]
+        others = [
+            x for user in last if user.op_type == "Mul" for x in user.inputs if x is not sigmoid.outputs[0]
+        ]
+        return _projection(others[0]) if len(last) == len(others) == 1 else None
     for user, _ in sigmoid.outputs[0].uses():
         if user.op_type != "Mul" or sigmoid.inputs[0] not in user.inputs:
             continue

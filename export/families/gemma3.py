@@ -49,7 +49,7 @@ class _Vision(nn.Module):
         self.pool, self.side = projector.avg_pool, int(projector.patches_per_image)
         self.norm = _OneCentredRMSNorm(projector.mm_soft_emb_norm)
         weight = projector.mm_input_projection_weight
-        self.projection = nn.Linear(*weight.shape, bias=False)
+        self.projection = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
         self.projection.weight = nn.Parameter(weight.detach().T, requires_grad=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
