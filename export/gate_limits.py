@@ -43,7 +43,7 @@ LATER_ROUNDED = Limit("later_logit_rms_error", 0.25, "as logit_rms_error: activa
 
 BATCH_EXACT = Limit("batch_logit_rms_error", 1e-4, "no row enters another's sums: 0 to 1e-6 seen")
 BATCH_BLOCKS = Limit(
-    "batch_logit_rms_error", 0.1, "blocks of one row and of several go through other kernels: 1 % at 30 layers"
+    "batch_logit_rms_error", 0.1, "blocks of one row and of several take other kernels: 1 % at 30 layers"
 )
 BATCH_SHARED = Limit(
     "batch_logit_rms_error", 0.25, "rows share the grid of an activation tensor: 4-11 % seen, 1.4 unrelated"

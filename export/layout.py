@@ -1,12 +1,12 @@
 """What loaders of the ecosystem need beyond the bundle's own contract.
 
-In: a bundle being written. Out: `config.json` with its `transformers.js_config`; a vision graph that takes a
-picture's tensor with or without a batch in front. Not here: the parts' names (`onnx.py`), large files
-(`storage.py`).
+In: a bundle being written. Out: `config.json` with its `transformers.js_config`, processor files; a vision
+graph that takes a picture's tensor with or without a batch in front. Not here: the parts' names (`onnx.py`),
+large files (`storage.py`).
 
 transformers.js picks a part's file by its dtype's suffix, fetches as many data files as the configuration
-says, and makes an empty cache of the configured type. Loading there is claimed only for families whose answers
-were compared; `docs/export.md` names them.
+says, and makes an empty cache of the configured type. Loading there is claimed only for families whose
+answers were compared; `docs/export.md` names them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,17 @@ def dimensions(value: ir.Value) -> tuple[int | str, ...]:
         if node.op_type == "Reshape" and (target := constant(node.inputs[1])) is not None:
             return tuple("num_images" if size == -1 else int(size) for size in target)
     raise ValueError(f"{value.name}: has no shape and is not reshaped")
+
+
+def write_processor(staged: Path, processor: Any) -> None:
+    """Tokenizer and processor files; transformers.js looks for the processor's class and the chat template in
+    other places than transformers does."""
+    processor.save_pretrained(staged)
+    image = {**processor.image_processor.to_dict(), "processor_class": type(processor).__name__}
+    files.write_json(staged / "preprocessor_config.json", image)
+    settings = staged / "tokenizer_config.json"
+    if settings.is_file() and isinstance(template := getattr(processor, "chat_template", None), str):
+        files.write_json(settings, {**files.read_json(settings), "chat_template": template})
 
 
 def write_config(staged: Path, parts: Sequence[Part]) -> None:

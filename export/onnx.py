@@ -31,7 +31,7 @@ from export.quantize import fallbacks, quantize, resolve, suffix, weight_bits
 from export.quantize_facts import min_onnxruntime
 from export.static_decoder import StaticSizes
 from export.targets import Plan
-from runtime import bundle, conformance, files
+from runtime import bundle, conformance
 from runtime.contract import TensorSpec
 from runtime.errors import CheckpointError
 from runtime.image import ImageInput
@@ -269,10 +269,7 @@ def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> N
 
 def write_companions(facts: Facts, staged: Path) -> None:
     """The tokenizer, and what loaders of the ecosystem read beside the parts."""
-    facts.checkpoint.processor.save_pretrained(staged)
-    files.write_json(
-        staged / "preprocessor_config.json", facts.checkpoint.processor.image_processor.to_dict()
-    )
+    layout.write_processor(staged, facts.checkpoint.processor)
     for name in _COPIED:
         source = facts.checkpoint.path / name
         if source.is_file():
