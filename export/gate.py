@@ -158,6 +158,13 @@ def check_quantized(
                 (LATER_ROUNDED, rms_error),
                 "float twin",
             )
+            _check_later(  # rounding would hide a token too few in the cache
+                twin_session,
+                cases,
+                lambda talk: gate_turns.afresh(twin_session, talk),
+                (LATER_FP32, rel_diff),
+                "float twin afresh",
+            )
             rows = _check_batch(session, staged, draft, cases)
             result = _measure(reference, session, cases, (), "checkpoint")  # ids and pixels; the rest is told
     twin_figures = {f"twin_{key}": value for key, value in against_twin.figures().items()}

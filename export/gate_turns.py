@@ -90,6 +90,7 @@ def going_on(session: Session, conversation: Conversation) -> Floats:
                 raise ParityError("gate: a later turn's prompt does not begin with the turns before it")
             for token in following[len(ids) : len(ids) + len(_answer(session, conversation.answers[n]))]:
                 session.decode(int(token))
+            session.decode(conversation.forced[0])  # a generated id that the next prompt does not have
     rows += [session.decode(token) for token in conversation.forced]
     return np.stack(rows)
 
