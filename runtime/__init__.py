@@ -12,16 +12,31 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import PocketError
 
 if TYPE_CHECKING:
+    from runtime.answer import Answer, ChoiceScores, GenerationStats, Turn
+    from runtime.chat import Chat
     from runtime.generation import GenerationOptions
-    from runtime.session import Answer, GenerationStats, Session, open_bundle
+    from runtime.session import Session, open_bundle
 
-__all__ = ["Answer", "GenerationOptions", "GenerationStats", "PocketError", "Session", "open_bundle"]
+__all__ = [
+    "Answer",
+    "Chat",
+    "ChoiceScores",
+    "GenerationOptions",
+    "GenerationStats",
+    "PocketError",
+    "Session",
+    "Turn",
+    "open_bundle",
+]
 
 _HOMES = {
-    "Answer": "runtime.session",
+    "Answer": "runtime.answer",
+    "Chat": "runtime.chat",
+    "ChoiceScores": "runtime.answer",
     "GenerationOptions": "runtime.generation",
-    "GenerationStats": "runtime.session",
+    "GenerationStats": "runtime.answer",
     "Session": "runtime.session",
+    "Turn": "runtime.answer",
     "open_bundle": "runtime.session",
 }
 

@@ -52,7 +52,9 @@ class Sampler:
 
     def pick(self, logits: Logits) -> int:
         """The id chosen from logits (vocab,); ties go to the lowest id."""
-        scores = penalise(logits, sorted(self.seen), self.options.repetition_penalty)
+        scores = logits
+        if self.options.repetition_penalty != 1.0:
+            scores = penalise(logits, sorted(self.seen), self.options.repetition_penalty)
         if self.random is None:
             token = int(np.argmax(scores))
         else:
