@@ -32,9 +32,6 @@ from tests.export.test_parts import open_model
 
 MAKERS = {**FAMILIES, **VARIANTS}
 NAMES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
-SEEDS = {
-    "qwen2_5_vl": 1
-}  # of its random weights; with 0 rounded activations are magnified to the gate's limit
 GRIDS = ((2, 2), (2, 14), (8, 8), (6, 10), (10, 4), (16, 18))
 """Patches; windows hold 4 x 4 of them (2 x 2 tokens), so that half of these are no multiple."""
 
@@ -44,7 +41,7 @@ Built = Callable[[str, str], Path]
 
 
 def make(name: str, out: Path, **options: int) -> Path:
-    return MAKERS[name](out, **{"seed": SEEDS.get(name, 0), **options})
+    return MAKERS[name](out, **options)
 
 
 @pytest.fixture(scope="module")
