@@ -57,7 +57,8 @@ def min_onnxruntime(model: ir.Model) -> str:
 
 
 def _is_zero_point(value: ir.Value) -> bool:
-    return any(node.op_type == "MatMulInteger" and index == 3 for node, index in value.uses())
+    places = (("MatMulInteger", 3), ("QuantizeLinear", 2), ("DequantizeLinear", 2))
+    return any((node.op_type, index) in places for node, index in value.uses())
 
 
 def _storage(value: ir.Value) -> tuple[int, str]:
@@ -68,6 +69,8 @@ def _storage(value: ir.Value) -> tuple[int, str]:
         node = next(node for node, _ in value.uses())
         bits, size = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
         return bits, f"int{bits}-block{size}{'-gptq' if str(node.name).endswith(GPTQ) else ''}"
+    if "DequantizeLinear" in users:
+        return 8 * array.dtype.itemsize, f"qdq-{array.dtype}"
     if array.dtype in (np.int8, np.uint8):
         return 8, "int8-dynamic" if "MatMulInteger" in users else "int8-row"
     if array.dtype == np.float16:
