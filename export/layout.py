@@ -24,7 +24,7 @@ from runtime.manifest import Part
 
 CONFIG = "config.json"
 JS_KEY = "transformers.js_config"
-_DTYPES = {"": "fp32", "_fp16": "fp16", "_int8": "int8", "_q4": "q4"}
+_DTYPES = {"": "fp32", "_fp16": "fp16", "_int8": "int8", "_q4": "q4", "_q4f16": "q4f16"}
 """transformers.js' name for each file suffix."""
 
 _CACHES = ("float32", "float16")
@@ -59,6 +59,8 @@ def dimensions(value: ir.Value) -> tuple[int | str, ...]:
     if value.shape is not None:
         return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     for node, _ in value.uses():
+        if node.op_type == "Cast" and not node.outputs[0].is_graph_output():
+            return dimensions(node.outputs[0])
         if node.op_type == "Reshape" and (target := constant(node.inputs[1])) is not None:
             return tuple("num_images" if size == -1 else int(size) for size in target)
     raise ValueError(f"{value.name}: has no shape and is not reshaped")
