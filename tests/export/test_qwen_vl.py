@@ -18,8 +18,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import runtime
-from export import onnx, quantize
-from export.checkpoint import load
+from export import decoder, onnx, passes, quantize
+from export.checkpoint import Checkpoint, load
 from export.families import family_of
 from export.families.qwen_vision import QwenVision
 from export.passes import add_initializer, constant
@@ -143,10 +143,9 @@ def test_gate_and_up_with_biases_are_packed(traced: Prepared) -> None:
 class Steps:
     """Runs a decoder graph on embeddings (B, S, hidden) at positions (3, B, S)."""
 
-    def __init__(self, found: onnx.Facts, batch: int = 1) -> None:
-        self.session = open_model(found.graphs["decoder"])
-        self.shape = family_of(found.checkpoint).decoder_shape(found.checkpoint)
-        empty = np.zeros((batch, self.shape.kv_heads, 0, self.shape.head_dim), np.float32)
+    def __init__(self, model: ir.Model, shape: decoder.DecoderShape, batch: int = 1) -> None:
+        self.session = open_model(model)
+        empty = np.zeros((batch, shape.kv_heads, 0, shape.head_dim), np.float32)
         self.names = [each.name for each in self.session.get_outputs()][1:]
         self.state = {name.replace("present.", "past_key_values."): empty for name in self.names}
 
@@ -178,8 +177,10 @@ def sequence(
     return embeds, positions, stack
 
 
-def torch_logits(found: onnx.Facts, embeds: torch.Tensor, positions: torch.Tensor, stack: Any) -> np.ndarray:
-    model = found.checkpoint.model
+def torch_logits(
+    checkpoint: Checkpoint, embeds: torch.Tensor, positions: torch.Tensor, stack: Any
+) -> np.ndarray:
+    model = checkpoint.model
     more = {}
     if stack is not None:
         everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool)
@@ -194,8 +195,9 @@ def test_one_graph_serves_prefill_decode_and_continuation(traced: Prepared, name
     """At any positions of three rows, and with something added at every place."""
     found = traced(name)
     embeds, positions, stack = sequence(found, 1, 14)
-    wanted = torch_logits(found, embeds, positions, stack)
-    step, done, got = Steps(found), 0, []
+    wanted = torch_logits(found.checkpoint, embeds, positions, stack)
+    shape = found.family.decoder_shape(found.checkpoint)
+    step, done, got = Steps(found.graphs["decoder"], shape), 0, []
     for length in (7, 1, 1, 4, 1):
         part = slice(done, done + length)
         done += length
@@ -210,7 +212,8 @@ def test_rows_of_a_batch_keep_to_their_own_positions(traced: Prepared, name: str
     found = traced(name)
     embeds, positions, stack = sequence(found, 2, 10)
     lengths = np.array([[5], [9]])
-    both = Steps(found, batch=2)
+    shape = found.family.decoder_shape(found.checkpoint)
+    both = Steps(found.graphs["decoder"], shape, batch=2)
     first = both(embeds[:, :9], np.arange(9) < lengths, positions[:, :, :9], _part(stack, slice(0, 9)))
     mask = np.concatenate([np.arange(9) < lengths, np.ones((2, 1))], axis=1)
     mask[0] = np.arange(10) < 6
@@ -218,9 +221,29 @@ def test_rows_of_a_batch_keep_to_their_own_positions(traced: Prepared, name: str
     for row, length in enumerate((5, 9)):
         kept, one = [*range(length), 9], slice(row, row + 1)
         added = None if stack is None else stack[:, one][:, :, kept]
-        wanted = torch_logits(found, embeds[one, kept], positions[:, one, kept], added)[0]
+        wanted = torch_logits(found.checkpoint, embeds[one, kept], positions[:, one, kept], added)[0]
         got = np.concatenate([first[row, :length], last[row]])
         assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+def test_far_positions_and_scaled_rotary_embeddings(tmp_path: Path) -> None:
+    """YaRN scales angles and attention; positions of tens of thousands are as exact as in torch."""
+    path = make("qwen3_vl", tmp_path / "tiny")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    edit(path / "config.json", lambda c: c["text_config"]["rope_parameters"].update(yarn))
+    checkpoint = load(path)
+    family = family_of(checkpoint)
+    modules, shape = family.modules(checkpoint), family.decoder_shape(checkpoint)
+    model = decoder.trace_decoder(modules.text, modules.head, shape)
+    passes.run(model, passes.DECODER_PASSES)
+    random = torch.Generator().manual_seed(0)
+    embeds = torch.randn(1, 12, shape.hidden, generator=random) * 0.3
+    positions = 30000 + torch.randint(0, 2000, (3, 1, 12), generator=random)
+    stack = torch.zeros(shape.deepstack_layers, 1, 12, shape.hidden)
+    assert checkpoint.model.model.language_model.rotary_emb.attention_scaling != 1.0
+    wanted = torch_logits(checkpoint, embeds, positions, stack)
+    got = Steps(model, shape)(embeds, np.ones((1, 12)), positions, stack)
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 def _part(stack: torch.Tensor | None, part: slice) -> torch.Tensor | None:
