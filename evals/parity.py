@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.session import Sources, sources_of
+from runtime.image import ImageInput
 
 Floats = NDArray[np.float32]
 
@@ -41,8 +41,15 @@ class ParityCase:
 
     name: str
     question: str
-    image: Sources = None
+    image: ImageInput | Sequence[ImageInput] | None = None
     forced: tuple[int, ...] = ()
+
+    @property
+    def images(self) -> list[ImageInput]:
+        """The pictures as a list."""
+        if self.image is None:
+            return []
+        return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def greedy_forced(reference: Steps, case: ParityCase, steps: int, extra: Sequenc
 
     The foreign ids matter: greedy text can fall into one repeated token, which hides a wrong cache.
     """
-    images = [reference.prepare(each) for each in sources_of(case.image)]
+    images = [reference.prepare(each) for each in case.images]
     features = [reference.encode_image(each) for each in images]
     logits = reference.prefill(reference.prompt_ids(case.question, images), features)
     forced: list[int] = []
@@ -126,7 +133,7 @@ class _Side:
 
 
 def _side(session: Steps, case: ParityCase) -> _Side:
-    prepared = [session.prepare(each) for each in sources_of(case.image)]
+    prepared = [session.prepare(each) for each in case.images]
     ids = session.prompt_ids(case.question, prepared)
     features = [session.encode_image(each) for each in prepared]
     logits = forced_logits(session, ids, features, case.forced)

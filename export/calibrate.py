@@ -25,9 +25,9 @@ from export import gptq, storage
 from export.passes import constant
 from runtime.errors import InputError
 from runtime.generation import GenerationOptions
-from runtime.image import ImageInput, PreparedImage, join_features
+from runtime.image import ImageInput, join_features
 from runtime.positions import position_ids
-from runtime.session import Session, sources_of
+from runtime.session import Session
 
 Feeds = dict[str, NDArray[Any]]
 Example = tuple[ImageInput, str]
@@ -190,9 +190,7 @@ def collect(session: Session, embed: ir.Model, decoder: ir.Model, cases: Sequenc
 
 def _feeds(session: Session, embed: Any, decoder: ir.Model, case: ParityCase) -> Feeds:
     manifest = session.manifest
-    prepared = [
-        each if isinstance(each, PreparedImage) else session.prepare(each) for each in sources_of(case.image)
-    ]
+    prepared = [session.prepare(each) for each in case.images]
     prompt = session.prompt_ids(case.question, prepared)
     ids = np.concatenate([prompt, np.asarray(case.forced, dtype=np.int64)])
     is_image = ids == manifest.merge.token

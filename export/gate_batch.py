@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from evals.parity import ParityCase
 from runtime.image import ImageFeatures, join_features
 from runtime.manifest import ImageAttention, Manifest, StateTensor
-from runtime.session import Session, sources_of
+from runtime.session import Session
 
 ROWS = 3
 
@@ -48,7 +48,7 @@ def rows_of(session: Session, cases: Sequence[ParityCase]) -> list[Row]:
 
 
 def _row(session: Session, question: str, case: ParityCase) -> Row:
-    prepared = [session.prepare(each) for each in sources_of(case.image)]
+    prepared = [session.prepare(each) for each in case.images]
     ids = session.prompt_ids(question, prepared)
     features = tuple(session.encode_image(each) for each in prepared)
     return Row(ids, session.positions(ids, prepared), features)

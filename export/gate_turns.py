@@ -20,7 +20,7 @@ from export.prompts import Message
 from runtime.answer import Turn
 from runtime.errors import ParityError
 from runtime.image import ImageInput
-from runtime.session import Session, sources_of
+from runtime.session import Session
 
 Floats = NDArray[np.float32]
 FORCED_STEPS = 3
@@ -48,7 +48,7 @@ class Conversation:
 def choose(session: Session, cases: Sequence[ParityCase]) -> Conversation | None:
     """Three turns, the last with another picture if the bundle takes one; None if the context ends before."""
     later, images = session.manifest.prompt.later, session.manifest.limits.images
-    shown = [tuple(sources_of(case.image)) for case in cases if len(sources_of(case.image)) == 1]
+    shown = [tuple(case.images) for case in cases if len(case.images) == 1]
     if later is None or not shown:
         return None
     another = shown[2 % len(shown)] if later.user is not None and images > 1 else ()

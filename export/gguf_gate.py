@@ -57,7 +57,7 @@ def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Mapping[
     What small types cost in answers is for the evaluation to judge: below 8 bits the text model's logits have
     no limit, its weights have. Raises ParityError or BundleError.
     """
-    paths = {part.role: bundle.locate(staged, part.path) for part in draft.parts}
+    paths = {str(part.role): bundle.locate(staged, part.path) for part in draft.parts}
     tokenizer = load_tokenizer(staged / draft.tokenizer.file.path)
     assert facts.geometry is not None
     gate.check_prompts(facts.checkpoint, staged, draft, facts.geometry)
@@ -170,12 +170,11 @@ class _Unseen:
 def _check_pixels(facts: Facts, geometry: ImageSpec) -> None:
     """The operations before llama.cpp's own, with normalisation after them, equal the processor's."""
     for case in facts.cases:
-        if case.image is None or isinstance(case.image, (list, tuple)):
-            continue
-        ours = np.concatenate([view.ravel() for view in prepare(case.image, geometry).pixels])
-        theirs = np.concatenate([view.ravel() for view in facts.reference.prepare(case.image).pixels])
-        if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
-            raise ParityError(f"gate: case {case.name!r}: pixels differ from the checkpoint's processor")
+        for image in case.images:
+            ours = np.concatenate([view.ravel() for view in prepare(image, geometry).pixels])
+            theirs = np.concatenate([view.ravel() for view in facts.reference.prepare(image).pixels])
+            if ours.shape != theirs.shape or not np.array_equal(ours, theirs):
+                raise ParityError(f"gate: case {case.name!r}: pixels differ from the checkpoint's processor")
 
 
 def check_tokenizer(tokenizer: Tokenizer, text: TextModel, path: Path) -> int:

@@ -18,7 +18,6 @@ from evals.parity import ParityCase, forced_logits
 from evals.torch_session import TorchSession
 from export.families.gguf import text_name
 from export.gguf_plan import Plan
-from runtime.session import sources_of
 
 
 class _Columns:
@@ -43,7 +42,7 @@ def collect(
     found: dict[str, _Columns] = {}
     with _watched(reference.model, targets, found):
         for case in cases:
-            prepared = [reference.prepare(each) for each in sources_of(case.image)]
+            prepared = [reference.prepare(each) for each in case.images]
             if prepared:
                 ids = reference.prompt_ids(case.question, prepared)
                 forced_logits(
