@@ -22,7 +22,8 @@ from runtime.manifest import Deepstack, Manifest, Part, Positions1d, PositionsMr
 
 WIDTH = 8
 LAYERS = 2
-KINDS = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+SCALE = 1 / 16
+NAMES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int8": TensorProto.INT8}
 ANGLES = np.array([0.3, 0.7, 1.1], np.float32)
 TAPS = np.array([0.5, -1.5, 2.0], np.float32)
 Array = NDArray[Any]
@@ -53,8 +54,13 @@ class HandMade:
         return total @ self.head
 
 
-def hand_made(directory: Path, base: Manifest, *, conv: bool, deepstack: bool, mrope: bool) -> HandMade:
-    """Write the parts; image section, prompt and tokenizer are those of `base`."""
+def hand_made(
+    directory: Path, base: Manifest, *, conv: bool, deepstack: bool, mrope: bool, int8: bool = False
+) -> HandMade:
+    """Write the parts; image section, prompt and tokenizer are those of `base`.
+
+    `int8`: the key state is rounded in the graph, in steps of `SCALE`.
+    """
     random = np.random.default_rng(5)
     vocab = next(spec.shape[-1] for spec in base.part("decoder").outputs if spec.name == "logits")
     assert isinstance(vocab, int)
@@ -64,9 +70,9 @@ def hand_made(directory: Path, base: Manifest, *, conv: bool, deepstack: bool, m
     models = {
         "vision_encoder": _vision(tokens, deepstack),
         "embed_tokens": _embed(table),
-        "decoder": _decoder(head, conv, deepstack, mrope),
+        "decoder": _decoder(head, conv, deepstack, mrope, int8),
     }
-    states = [_kv("right" if conv else None)] + ([_conv()] if conv else [])
+    states = [_kv("right" if conv else None, "int8" if int8 else "float32")] + ([_conv()] if conv else [])
     parts = tuple(_part(directory, role, model) for role, model in models.items())
     positions = PositionsMrope(sections=(2, 1, 1), interleaved=False) if mrope else Positions1d()
     stack = Deepstack(layers=LAYERS, output="deepstack_features", input="deepstack_embeds")
@@ -80,13 +86,13 @@ def hand_made(directory: Path, base: Manifest, *, conv: bool, deepstack: bool, m
     return HandMade(directory, base.model_copy(update=changes), table, head)
 
 
-def _kv(padding_side: Literal["right"] | None) -> StateTensor:
+def _kv(padding_side: Literal["right"] | None, dtype: Literal["int8", "float32"]) -> StateTensor:
     """Nothing here looks at the mask: no rows of unequal lengths."""
     return StateTensor(
         input="past_key_values.0.key",
         output="present.0.key",
         kind="kv",
-        dtype="float32",
+        dtype=dtype,
         shape=("batch", 1, "past", WIDTH),
         sequence_axis=2,
         rewindable=True,
@@ -137,19 +143,19 @@ def _embed(table: Array) -> onnx.ModelProto:
     )
 
 
-def _decoder(head: Array, conv: bool, deepstack: bool, mrope: bool) -> onnx.ModelProto:
+def _decoder(head: Array, conv: bool, deepstack: bool, mrope: bool, int8: bool) -> onnx.ModelProto:
     node = helper.make_node
-    axes = 3 if mrope else 1
+    axes, kept = (3 if mrope else 1), (np.int8 if int8 else np.float32)
     inputs: list[Any] = [
         ("inputs_embeds", np.float32, ["batch", "length", WIDTH]),
         ("attention_mask", np.int64, ["batch", "total"]),
         ("position_ids", np.int64, [*([3] if mrope else []), "batch", "length"]),
         ("num_logits_to_keep", np.int64, []),
-        ("past_key_values.0.key", np.float32, ["batch", 1, "past", WIDTH]),
+        ("past_key_values.0.key", kept, ["batch", 1, "past", WIDTH]),
     ]
     outputs: list[Any] = [
         ("logits", np.float32, ["batch", 1, head.shape[1]]),
-        ("present.0.key", np.float32, ["batch", 1, "total", WIDTH]),
+        ("present.0.key", kept, ["batch", 1, "total", WIDTH]),
     ]
     nodes = [node("Cast", ["position_ids"], ["places"], to=TensorProto.FLOAT)]
     if not mrope:
@@ -168,9 +174,11 @@ def _decoder(head: Array, conv: bool, deepstack: bool, mrope: bool) -> onnx.Mode
         node("Cos", ["angle"], ["cos"]),
         node("Unsqueeze", ["cos", "-1"], ["cos_3"]),
         node("Mul", [hidden, "cos_3"], ["turned"]),
-        node("Unsqueeze", ["turned", "1"], ["key"]),
+        node("Unsqueeze", ["turned", "1"], ["exact" if int8 else "key"]),
+        *([node("QuantizeLinear", ["exact", "scale", "middle"], ["key"])] if int8 else []),
         node("Concat", ["past_key_values.0.key", "key"], ["present.0.key"], axis=2),
-        node("ReduceSum", ["present.0.key", "1 2"], ["total"], keepdims=0),
+        *([node("DequantizeLinear", ["present.0.key", "scale", "middle"], ["read"])] if int8 else []),
+        node("ReduceSum", ["read" if int8 else "present.0.key", "1 2"], ["total"], keepdims=0),
     ]
     result = "total"
     if conv:
@@ -195,6 +203,8 @@ def _decoder(head: Array, conv: bool, deepstack: bool, mrope: bool) -> onnx.Mode
         "taps": TAPS,
         "head": head,
         "end": np.array([2**31]),
+        "scale": np.float32(SCALE),
+        "middle": np.int8(0),
         "1 2": np.array([1, 2]),
         **{str(n): np.array([n]) for n in (-3, -2, -1, 0, 1, 2)},
     }
@@ -205,7 +215,7 @@ def _model(
     nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: dict[str, Any]
 ) -> onnx.ModelProto:
     def info(name: str, kind: Any, shape: list[Any]) -> Any:
-        return helper.make_tensor_value_info(name, KINDS[np.dtype(kind)], shape)
+        return helper.make_tensor_value_info(name, NAMES[np.dtype(kind).name], shape)
 
     graph = helper.make_graph(
         nodes,
@@ -222,7 +232,7 @@ def _part(directory: Path, role: str, model: onnx.ModelProto) -> Part:
 
     def spec(value: Any) -> TensorSpec:
         kind = value.type.tensor_type
-        dtype = "float32" if kind.elem_type == TensorProto.FLOAT else "int64"
+        dtype = next(name for name, number in NAMES.items() if number == kind.elem_type)
         shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
         return TensorSpec(name=value.name, dtype=dtype, shape=shape)  # type: ignore[arg-type]
 

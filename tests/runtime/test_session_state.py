@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from runtime.generation import GenerationOptions
 from runtime.onnx_session import OnnxBackend
 from runtime.providers import RunSettings
 from runtime.session import Session
-from tests.runtime.graphs import WIDTH, HandMade, hand_made
+from tests.runtime.graphs import SCALE, WIDTH, HandMade, hand_made
 from tests.runtime.test_session import QUESTION, png
 
 SHORT = GenerationOptions(max_new_tokens=6)
@@ -142,3 +143,22 @@ def test_rows_that_cannot_be_padded_run_one_by_one(made: HandMade, ours: Session
 def test_state_bytes_are_those_of_the_manifest(made: HandMade, ours: Session) -> None:
     conv = 2 * WIDTH * 2 * 4 if has_conv(made) else 0
     assert ours.kv_bytes == 256 * WIDTH * 4 + conv
+
+
+def test_a_rounded_state_has_the_manifests_type(session: Session, tmp_path: Path) -> None:
+    """int8 keys: zeros of that type to begin with, a quarter of the bytes, logits within the rounding."""
+    made = hand_made(tmp_path, session.manifest, conv=False, deepstack=False, mrope=False, int8=True)
+    with opened(made, session) as ours:
+        assert ours.kv_bytes == 256 * WIDTH
+        prepared = ours.prepare(png(1))
+        ids, features = ours.prompt_ids(QUESTION, [prepared]), ours.encode_image(prepared)
+        wanted = expected(made, ours, ids, (1,))
+        most = len(ids) * SCALE / 2 * np.abs(made.head).sum(0)  # half a step for every token
+        got = ours.prefill(ids, [features])
+        assert (np.abs(got - wanted) <= most).all()
+        assert np.abs(got - wanted).max() > 1e-3
+        ours.decode(7)
+        again = ours.prompt_ids("why?", [prepared])
+        whole = ours.prefill(again, [features])
+        ours.prefill(ids, [features])
+        np.testing.assert_allclose(ours.prefill(again, [features], reuse=True), whole, **TOLERANCE)
