@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from evals.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import calibrate, gate, layout, limits, proof, static, storage, target
+from export import calibrate, gate, layout, limits, proof, space, static, storage, target
 from export.checkpoint import Checkpoint, load, read_config
 from export.decoder import IR_VERSION
 from export.families import Family, check_type, family_of, without_tiles
@@ -117,8 +117,10 @@ def export_onnx(
     say = progress or (lambda _: None)
     say("reading the checkpoint")
     check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
+    loaded = load(checkpoint)
+    space.check(loaded, {path: resolve(precision) for precision, path in targets.items()})
     facts = prepare(
-        load(checkpoint),
+        loaded,
         sample_images,
         say,
         image_required=image_required,
@@ -130,7 +132,7 @@ def export_onnx(
 
 def write_bundles(facts: Facts, targets: Mapping[str, Path], names: Mapping[str, str]) -> list[Path]:
     """One bundle per precision from graphs that are traced already."""
-    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch, space.told(Path(scratch)):
         if "fp32" not in targets:
             # the rounded parts are judged by the float graphs, so these pass the gate in any case
             facts.say("fp32: parity gate of the traced parts")

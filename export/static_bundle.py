@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from export import gate, onnx, static, static_files, static_qdq, target
+from export import gate, onnx, space, static, static_files, static_qdq, target
 from export.checkpoint import load, read_config
 from export.families import check_type
 from export.onnx import Facts, Progress
@@ -53,8 +53,10 @@ def export_static(
     say = progress or (lambda _: None)
     say("reading the checkpoint")
     check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
-    facts = onnx.prepare(load(checkpoint), sample_images, say, image_required=image_required, plan=plan)
-    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch:
+    loaded = load(checkpoint)
+    space.check(loaded, dict.fromkeys(targets.values(), resolve("fp32")))  # the most that a precision takes
+    facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan)
+    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch, space.told(Path(scratch)):
         plain = Path(scratch) / "fp32"
         if "fp32" not in targets:
             say("fp32: parity gate of the traced parts")
@@ -88,7 +90,7 @@ def _remasked(facts: Facts, precision: str, scratch: Path) -> Facts:
     masked = RECIPES[precision].masked if precision in RECIPES else None
     if masked is None:
         return facts
-    graphs = static.remasked(facts.graphs, facts.plan.masked, masked)
+    graphs = static.remasked(facts.graphs, masked)
     facts = replace(facts, graphs=graphs, plan=replace(facts.plan, masked=masked))
     facts.say(f"{precision}: parity gate of the float parts with its mask")
     plain = scratch / f"calibration{masked:.0f}"

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from export import space
 from runtime import files
 from runtime.bundle import MANIFEST_NAME
 from runtime.errors import StateError
@@ -48,7 +49,7 @@ def staging(path: Path) -> Iterator[Path]:
     """
     check(path)
     _remove_stale(path)
-    with files.new_directory(path) as staged, files.lock(staged):
+    with space.told(path), files.new_directory(path) as staged, files.lock(staged):
         yield staged
         (staged / _LOCK).unlink()
 
