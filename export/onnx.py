@@ -137,7 +137,7 @@ def write_bundles(facts: Facts, targets: Mapping[str, Path], names: Mapping[str,
             # the rounded parts are judged by the float graphs, so these pass the gate in any case
             facts.say("fp32: parity gate of the traced parts")
             plain = Path(scratch) / "fp32"
-            write_files(facts, plain, facts.graphs)
+            write_files(facts, plain, facts.graphs, beside=True)
             _check_float(facts, plain, draft_manifest(facts, plain, "fp32", "fp32"))
         order = sorted(targets, key=lambda precision: precision != "fp32")
         for precision in order:
@@ -158,12 +158,14 @@ def prepare(
 ) -> Facts:
     """Trace the float32 graphs (unless a format needs none) and collect the reference's forced tokens.
 
-    Without `plan.split_images` a checkpoint that cuts pictures into tiles is taken without them, its reference
-    too. A conversation of the bundle takes at most `plan.max_images` pictures, fewer where the context ends.
+    Without `plan.split_images` a checkpoint that cuts pictures into tiles is taken without them, and its
+    reference too. A conversation takes at most `plan.max_images` pictures, fewer where the context ends.
     """
     plan = plan or Plan()
     changed = {} if plan.split_images else without_tiles(checkpoint)
     family = family_of(checkpoint)
+    if plan.static:
+        static.check_decoder(family.decoder_shape(checkpoint))
     changed |= limits.hold(checkpoint, family, plan.max_image_tokens)
     geometry = limits.narrowed(family.image(checkpoint), plan.max_image_tokens)
     prompt = family.prompt(checkpoint)
@@ -247,7 +249,7 @@ def calibration_of(facts: Facts, scratch: Path) -> calibrate.Calibration:
     """What flows through the float decoder on the examples, or on the gate's own prompts."""
     folder = scratch / "calibration"
     if not folder.exists():
-        write_files(facts, folder, facts.graphs)
+        write_files(facts, folder, facts.graphs, beside=True)
     draft = draft_manifest(facts, folder, "fp32", "calibration")
     with Session.from_manifest(folder, draft, threads=1) as session:
         graphs, cases = facts.graphs, facts.examples or facts.cases
@@ -261,11 +263,11 @@ def _check_float(facts: Facts, staged: Path, draft: Manifest) -> Parity:
 # --- files ------------------------------------------------------------
 
 
-def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> None:
+def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model], *, beside: bool = False) -> None:
     """Parts in the onnx-community layout, and what transformers.js reads beside them."""
     (staged / "onnx").mkdir(parents=True)
     for role, model in graphs.items():
-        storage.save(model, staged / _part_path(role, model))
+        storage.save(model, staged / _part_path(role, model), beside=beside)
     write_companions(facts, staged)
 
 

@@ -19,10 +19,11 @@ from torch import nn
 
 from export import passes
 from export.checkpoint import Checkpoint
-from export.decoder import to_onnx
+from export.decoder import DecoderShape, to_onnx
 from export.families import Family
 from export.families.base import VisionPart
 from export.static_decoder import StaticSizes, trace_static
+from export.targets import MASKED
 from runtime.errors import CheckpointError, InputError
 from runtime.image import prepare
 from runtime.image_limits import bounded
@@ -31,6 +32,15 @@ from runtime.manifest import StateTensor
 
 ROLES = ("vision_encoder", "embed_tokens", "decoder_prefill", "decoder")
 """In the order of use."""
+
+
+def check_decoder(shape: DecoderShape) -> None:
+    """Raises InputError for a decoder of more than plain attention: states or masks without a static graph."""
+    if type(shape) is not DecoderShape:
+        raise InputError(
+            "portable-static: short convolutions, windows and pictures whose tokens see each other have no "
+            "static graph here; use the flavour ort-fused"
+        )
 
 
 def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
@@ -88,7 +98,7 @@ def trace_all(
         fold_constants(model)
         passes.strip(model)
         check_static(model, str(checkpoint.path))
-    return {role: ir.from_proto(ir.to_proto(model)) for role, model in models.items()}
+    return remasked(models, sizes.masked)
 
 
 class _OneView(nn.Module):
@@ -136,21 +146,25 @@ def check_static(model: ir.Model, where: str) -> None:
             raise CheckpointError(f"{where}: {value.name} has the shape {value.shape}, wanted numbers alone")
 
 
-def remasked(graphs: Mapping[str, ir.Model], old: float, new: float) -> dict[str, ir.Model]:
-    """Copies whose constant masks say `new` where these say `old`; nothing else changes."""
+def remasked(graphs: Mapping[str, ir.Model], new: float) -> dict[str, ir.Model]:
+    """Copies whose constant masks (zeros and one value of -10,000 or below) say `new`; the rest is equal."""
     found = {}
     for role, model in graphs.items():
         found[role] = ir.from_proto(ir.to_proto(model))
         for value in found[role].graph.initializers.values():
             array = passes.constant(value)
-            if (
-                array is not None
-                and array.dtype == np.float32
-                and array.size
-                and set(np.unique(array)) == {old, 0.0}
-            ):
-                value.const_value = ir.tensor(np.where(array == old, np.float32(new), array), name=value.name)
+            if array is not None and _is_mask(array):
+                value.const_value = ir.tensor(
+                    np.where(array == 0, 0, new).astype(np.float32), name=value.name
+                )
     return found
+
+
+def _is_mask(array: np.ndarray) -> bool:
+    """Some write the lowest float32 or -inf into a mask of windows, which float16 and 16 bits do not hold."""
+    if array.dtype != np.float32 or not array.size or array.min() > MASKED:
+        return False
+    return set(np.unique(array).tolist()) <= {0.0, float(array.min())}
 
 
 def states(decoder_inputs: Any) -> tuple[StateTensor, ...]:
