@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from export import fused, passes, vision_passes
+from export import fused, passes, storage, vision_passes
 from export.bidirectional import WindowedShape, trace_windowed
 from export.checkpoint import Checkpoint
 from export.decoder import to_onnx, trace_decoder
@@ -70,8 +70,7 @@ def trace_all(checkpoint: Checkpoint, family: Family) -> dict[str, ir.Model]:
     for model in models.values():
         passes.name_dimensions(model, names)
         passes.strip(model)
-    # through the wire format: attributes get the precision that a file keeps, and nothing holds on to torch
-    return {role: ir.from_proto(ir.to_proto(model)) for role, model in models.items()}
+    return {role: storage.as_from_file(model) for role, model in models.items()}
 
 
 def _trace_vision(vision: VisionPart) -> ir.Model:

@@ -26,14 +26,15 @@ INLINE_BYTES = 1024
 _GRAPH_BYTES = 2**20  # nodes and names of a large graph are a tenth of it
 
 
-def save(model: ir.Model, path: Path, limit_bytes: int | None = None) -> list[Path]:
+def save(model: ir.Model, path: Path, limit_bytes: int | None = None, *, beside: bool = False) -> list[Path]:
     """Write `model` to `path`; returns the graph file and then its data files. `model` stays as it is.
 
+    `beside`: data files also where one file would do; writing and opening it then need less memory.
     Raises CheckpointError when one tensor alone is larger than a file may be.
     """
     limit = LIMIT_BYTES if limit_bytes is None else limit_bytes
     weights = _weights(model)
-    if sum(map(_size, weights)) + min(_GRAPH_BYTES, limit // 2) <= limit:
+    if not beside and sum(map(_size, weights)) + min(_GRAPH_BYTES, limit // 2) <= limit:
         ir.save(model, path)
         return [path]
     files = [
@@ -45,6 +46,25 @@ def save(model: ir.Model, path: Path, limit_bytes: int | None = None) -> list[Pa
             _write(file, values)
         ir.save(model, path)
     return [path, *(file for file, _ in files)]
+
+
+def as_from_file(model: ir.Model) -> ir.Model:
+    """The model as a file would keep it: attributes in its precision, nothing of the tracer's.
+
+    The weights are the same arrays in memory: no copy is made.
+    """
+    weights = [value for value in _weights(model) if _size(value) > INLINE_BYTES]
+    arrays = {
+        str(value.name): value.const_value.numpy() for value in weights if value.const_value is not None
+    }
+    with _restored(weights):
+        for value in weights:
+            assert value.const_value is not None
+            value.const_value = _elsewhere(value.const_value, str(value.name), Path("elsewhere"), 0)
+        found = ir.from_proto(ir.to_proto(model))
+    for name, array in arrays.items():
+        found.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    return found
 
 
 def data_files(path: Path) -> list[Path]:
@@ -120,16 +140,21 @@ def _write(path: Path, values: Sequence[ir.Value]) -> None:
             assert tensor is not None
             data = tensor.tobytes()
             stream.write(data)
-            value.const_value = ir.ExternalTensor(
-                path.name,
-                offset,
-                len(data),
-                tensor.dtype,
-                shape=ir.Shape(list(tensor.shape)),
-                name=str(value.name),
-                base_dir=str(path.parent),
-            )
+            value.const_value = _elsewhere(tensor, str(value.name), path, offset)
             offset += len(data)
+
+
+def _elsewhere(tensor: ir.TensorProtocol, name: str, path: Path, offset: int) -> ir.ExternalTensor:
+    """What a graph file says of a tensor that lies at `offset` of the file beside it."""
+    return ir.ExternalTensor(
+        path.name,
+        offset,
+        int(tensor.nbytes),
+        tensor.dtype,
+        shape=ir.Shape(list(tensor.shape)),
+        name=name,
+        base_dir=str(path.parent),
+    )
 
 
 @contextlib.contextmanager
