@@ -16,7 +16,7 @@ from runtime.generation import GenerationOptions
 from runtime.image import ImageFeatures
 from tests.checkpoints import FAMILIES, VARIANTS
 
-MAKERS = {**FAMILIES, "smolvlm_tiles": VARIANTS["smolvlm_tiles"]}
+MAKERS = {**FAMILIES, **{name: VARIANTS[name] for name in ("gemma3", "qwen2_vl", "smolvlm_tiles")}}
 
 QUESTION = "what color is the shape?"
 NEW = 8

@@ -150,7 +150,7 @@ def no_layout(raw: dict[str, Any]) -> None:
     ("change", "words"),
     [
         (break_dtype, "state.0.dtype"),
-        (drop_decoder, "one vision_encoder, one embed_tokens and one decoder"),
+        (drop_decoder, "one vision_encoder, one embed_tokens, one decoder"),
         (other_version, "manifest_version"),
         (no_question, "one question slot"),
         (other_token, "differs from prompt.image.token"),

@@ -17,7 +17,7 @@ from tests.runtime.test_session import png
 
 pytestmark = pytest.mark.slow
 
-MAKERS = {**FAMILIES, "smolvlm_tiles": VARIANTS["smolvlm_tiles"]}
+MAKERS = {**FAMILIES, **{name: VARIANTS[name] for name in ("gemma3", "qwen2_vl", "smolvlm_tiles")}}
 SHORT = GenerationOptions(max_new_tokens=8)
 PICTURES = [png(1, (100, 60)), png(2, (64, 150)), png(3, (40, 40))]
 
