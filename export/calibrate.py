@@ -133,7 +133,7 @@ class Calibration:
             tap = node.inputs[0] if node.op_type == "MatMul" else None
             if tap is None or str(tap.name) in known or constant(node.inputs[1]) is None:
                 continue
-            tap.dtype, tap.shape = ir.DataType.FLOAT, None
+            tap.type, tap.shape = ir.TensorType(ir.DataType.FLOAT), None
             known.add(str(tap.name))
             model.graph.outputs.append(tap)
         return _opened(model)

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from export import gptq, quantize_fp16, quantize_schemes
+from export import gptq, quantize_fp16, quantize_schemes, storage
 from export.calibrate import Calibration
 from export.passes import constant
 from export.quantize_facts import suffix, weight_bits
@@ -65,7 +65,7 @@ def quantize(
         chosen[scheme].append(str(node.name))
         if reason:
             refused.append(Fallback(node=str(node.name), asked=asked, got=scheme, reason=reason))
-    result = ir.from_proto(ir.to_proto(model))
+    result = storage.as_from_file(model)
     result = _apply(result, chosen, calibration)
     common.RemoveUnusedNodesPass()(result)
     quantize_schemes.drop_unused_weights(result)

@@ -128,7 +128,10 @@ def _is_float(value: ir.Value | None) -> bool:
 
 
 def to_half(model: ir.Model, names: Iterable[str]) -> None:
-    """Make the nodes called `names` float16; each must be free of a `refusal`."""
+    """Make the nodes called `names` float16; each must be free of a `refusal`.
+
+    A changed value gets a type of its own: a clone of a model shares the type objects.
+    """
     wanted, graph = set(names), model.graph
     halves: dict[str, ir.Value] = {}
     for node in [n for n in graph if n.name in wanted]:
@@ -160,7 +163,7 @@ def follow(model: ir.Model) -> None:
         if node.name in names:
             for value in (node.inputs[0], node.inputs[2], node.outputs[0]):
                 assert value is not None
-                value.dtype = ir.DataType.FLOAT  # the quantizer does not say so
+                value.type = ir.TensorType(ir.DataType.FLOAT)  # the quantizer does not say so
     if names:
         to_half(model, names)
 
@@ -174,7 +177,7 @@ def _half(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT16}, name=name)
     graph.insert_before(node, cast)
     out = cast.outputs[0]
-    out.name, out.dtype, out.shape = name, ir.DataType.FLOAT16, value.shape
+    out.name, out.type, out.shape = name, ir.TensorType(ir.DataType.FLOAT16), value.shape
     return out
 
 
@@ -182,11 +185,11 @@ def _back_to_single(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     name = str(output.name)
     cast = ir.node("Cast", [output], attributes={"to": ir.DataType.FLOAT}, name=f"{name}{SINGLE}")
     new = cast.outputs[0]
-    new.dtype, new.shape = ir.DataType.FLOAT, output.shape
+    new.type, new.shape = ir.TensorType(ir.DataType.FLOAT), output.shape
     graph.insert_after(node, cast)
     output.replace_all_uses_with(new, replace_graph_outputs=True)
     cast.replace_input_with(0, output)
-    output.dtype, output.name, new.name = ir.DataType.FLOAT16, f"{name}.float16", name
+    output.type, output.name, new.name = ir.TensorType(ir.DataType.FLOAT16), f"{name}.float16", name
 
 
 def _drop_pairs(graph: ir.Graph) -> None:
@@ -209,7 +212,7 @@ def _retype_cache(graph: ir.Graph) -> None:
             cast = given.producer() if given is not None else None
             past = cast.inputs[0] if cast is not None and str(cast.name).endswith(HALF) else None
             if past is not None and past.is_graph_input() and len(list(past.uses())) == 1:
-                past.dtype = ir.DataType.FLOAT16
+                past.type = ir.TensorType(ir.DataType.FLOAT16)
                 node.replace_input_with(place, past)
         for output in node.outputs[1:]:
             users = [user for user, _ in output.uses()]

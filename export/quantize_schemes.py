@@ -123,14 +123,14 @@ def cache_to_int8(model: ir.Model, names: Iterable[str], scales: Mapping[str, np
         graph.remove(node, safe=True)
         for cached in (new.inputs[3], new.inputs[4], *new.outputs[1:]):
             assert cached is not None
-            cached.dtype = ir.DataType.INT8
+            cached.type = ir.TensorType(ir.DataType.INT8)
     return model
 
 
 def swap_output(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     """`new`'s only output takes the place, name and type of `old`'s."""
     before, after = old.outputs[0], new.outputs[0]
-    after.dtype, after.shape, name = ir.DataType.FLOAT, before.shape, before.name
+    after.type, after.shape, name = ir.TensorType(ir.DataType.FLOAT), before.shape, before.name
     before.replace_all_uses_with(after, replace_graph_outputs=True)
     graph.remove(old, safe=True)
     after.name = name

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from export import storage
 from export.passes import add_initializer, constant, producer
 from export.quantize_facts import GPTQ
 from export.quantize_fp16 import HALF, SINGLE
@@ -45,7 +46,7 @@ class Twin:
 
 def float_twin(quantized: ir.Model) -> Twin:
     """Write rounded nodes back as float32 MatMul, Gather and attention on dequantized weights."""
-    twin = Twin(ir.from_proto(ir.to_proto(quantized)), {})
+    twin = Twin(storage.as_from_file(quantized), {})
     model, graph = twin.model, twin.model.graph
     _halves_to_float(graph, twin.steps)
     for node in list(graph):
@@ -90,7 +91,7 @@ def _halves_to_float(graph: ir.Graph, steps: Steps) -> None:
     for node in list(graph):
         for output in node.outputs:
             if output.dtype == ir.DataType.FLOAT16:
-                output.dtype = ir.DataType.FLOAT
+                output.type = ir.TensorType(ir.DataType.FLOAT)
         if node.op_type == "Cast" and str(node.name).endswith((HALF, SINGLE)):
             inner, outer = node.inputs[0], node.outputs[0]
             assert inner is not None
@@ -101,7 +102,7 @@ def _halves_to_float(graph: ir.Graph, steps: Steps) -> None:
                 inner.name = outside
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT16:
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
 def _cache_to_float(graph: ir.Graph, node: ir.Node, twin: Twin) -> None:
@@ -122,7 +123,7 @@ def _cache_to_float(graph: ir.Graph, node: ir.Node, twin: Twin) -> None:
     node.replace_input_with(VALUE_SCALE, None)
     for value in (node.inputs[3], node.inputs[4], *node.outputs[1:]):
         assert value is not None
-        value.dtype = ir.DataType.FLOAT
+        value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
 def _blocks_to_float(graph: ir.Graph, node: ir.Node, twin: Twin) -> None:

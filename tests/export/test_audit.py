@@ -143,3 +143,15 @@ def test_a_whole_bundle_passes_the_gate(exported: Exported, tmp_path: Path, prec
     assert {state.dtype for state in manifest.state} == {"int8" if cached else "float16"}
     with open_bundle(tmp_path / "b", threads=1) as session:
         assert conformance.check(session, tmp_path / "b") == []
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16-kv8", "int4-gptq-fp16"])
+def test_quantizing_and_the_audit_leave_both_graphs_alone(
+    exported: Exported, calibration: Calibration, precision: str
+) -> None:
+    original = exported.facts.graphs["decoder"]
+    model = decoder(exported, precision, calibration)
+    before = [ir.to_proto(each).SerializeToString() for each in (original, model)]
+    decoder(exported, precision, calibration)
+    audit.float_twin(model)
+    assert [ir.to_proto(each).SerializeToString() for each in (original, model)] == before

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import export
 from evals.accuracy import AccuracyResult
 from evals.easy_vqa import Question
 from export import auto, auto_data, auto_report
@@ -196,3 +197,14 @@ def test_from_checkpoint_to_confirmed_bundle(
     data.write_text(data.read_text().replace("what is it, 0?", "what is it, 9?"))
     with pytest.raises(StateError, match="another checkpoint or other questions"):
         auto_quantize(tiny_checkpoint, out, max_drop=60.0, data=data, limit=5)
+
+
+def test_calibrated_precisions_look_at_given_pictures(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path, [{"image": f"p{n}.png"} for n in range(3)])
+    lines: list[str] = []
+    given = [(tmp_path / f"p{n}.png", f"what is {n}?") for n in range(3)]
+    out = export.export_checkpoint(
+        tiny_checkpoint, tmp_path / "b", precision="fp32-kv8", examples=given, progress=lines.append
+    )
+    assert "fp32-kv8: calibrating on 3 prompts" in lines
+    assert {state.dtype for state in bundle.read(out).state} == {"int8"}
