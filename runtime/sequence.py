@@ -43,6 +43,8 @@ class RunningSequence:
 
         With `reuse` what it has in common with the present one is not run again.
         """
+        if not len(ids):
+            raise InputError("prompt: has no tokens; give one or more")
         slots, given = int(np.count_nonzero(ids == self._token)), sum(map(len, images))
         if slots != given:
             raise InputError(f"prompt: has {slots} image tokens, got {given} image features")

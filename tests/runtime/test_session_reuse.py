@@ -117,6 +117,18 @@ def test_a_prompt_that_is_too_long_changes_nothing(fresh: Session, session: Sess
     assert again.stats.reused_tokens == again.stats.prompt_tokens - 1
 
 
+def test_a_prompt_of_nothing(fresh: Session) -> None:
+    with pytest.raises(InputError, match="has no tokens"):
+        fresh.prefill(np.zeros(0, np.int64))
+
+
+def test_going_back_further_than_there_is(fresh: Session) -> None:
+    fresh.prefill(np.array([7, 8, 9]))
+    for wrong in (0, 4):
+        with pytest.raises(InputError, match=f"to {wrong} tokens, 3 are there"):
+            fresh.go_back(wrong)
+
+
 def test_features_that_changed_in_place_are_other_features(fresh: Session, session: Session) -> None:
     prepared = fresh.prepare(png())
     ids, features = fresh.prompt_ids(QUESTION, [prepared]), fresh.encode_image(prepared)
