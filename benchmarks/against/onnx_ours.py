@@ -57,7 +57,9 @@ def ttft(options: Any) -> None:
 
     picture = (options.work / "picture.png").read_bytes()
     question = (options.work / "question.txt").read_text()
-    with open_bundle(options.work / options.model, threads=options.threads, verify=False) as session:
+    # a first question each time: nothing of the one before is used
+    bundle = options.work / options.model
+    with open_bundle(bundle, threads=options.threads, verify=False, reuse=False) as session:
         stages: dict[str, list[float]] = {"ms": [], "prepare": [], "encode": [], "prefill": []}
         for number in range(options.repeats + 1):
             answer = session.ask(picture, question, GenerationOptions(max_new_tokens=8))
