@@ -35,7 +35,7 @@ ROLES = ("vision_encoder", "embed_tokens", "decoder_prefill", "decoder")
 
 
 def check_decoder(shape: DecoderShape) -> None:
-    """Raises InputError for a decoder of more than plain attention: states or masks without a static graph."""
+    """Raises InputError for a decoder of more than plain attention: states or masks with no static graph."""
     if type(shape) is not DecoderShape:
         raise InputError(
             "portable-static: short convolutions, windows and pictures whose tokens see each other have no "
