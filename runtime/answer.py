@@ -40,8 +40,8 @@ class GenerationStats:
     """What an answer cost. `ttft_ms` is one measurement, from the picture's bytes to the first text.
 
     `reused_tokens`: how many of the prompt were still in the state. `encoded_images`: pictures that the
-    vision part ran for. In a batch, `prefill_ms` and `decode_ms` are those of all rows together; `one_by_one`
-    says why there was none.
+    vision part ran for. With choices, `ttft_ms` is when the choice was known. In a batch, `prefill_ms` and
+    `decode_ms` are those of all rows together; `one_by_one` says why there was none.
     """
 
     prepare_ms: float = 0.0

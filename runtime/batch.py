@@ -37,6 +37,15 @@ class Row:
     next_position: int
 
 
+def refusal(rows: Sequence[Row], image_token: int) -> str:
+    """Why these rows do not run side by side; empty when they do."""
+    if len(rows) < 2:
+        return "it is one question"
+    if any(len(row.ids) < 2 or row.ids[-1] == image_token for row in rows):
+        return "a prompt has no text to end with"
+    return ""
+
+
 def most_tokens(rows: Sequence[Row], context: int) -> int:
     """The length that the longest row may reach."""
     return max(min(len(row.ids) + row.run.options.max_new_tokens, context) for row in rows)

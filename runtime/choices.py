@@ -1,7 +1,7 @@
 """Answers from a given list: how likely is each, token by token.
 
-In: the choices' token ids and a session that can go on and back. Out: `ChoiceScores`.
-Not here: which spelling of a choice follows the opening of an answer (`spelled` tells for one).
+In: the choices and a session that can go on and back. Out: their token ids, the logarithm of each one's
+probability. Not here: pictures and prompts (`runtime/session.py`).
 
 The score of a choice is exact: the logarithm of the product of its tokens' probabilities and that of an end
 after them, over the whole vocabulary. Choices with a common beginning share its steps: they form a tree of
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from runtime.errors import InputError
 from runtime.prompt import encode
+from runtime.prompt_spec import PromptSpec
 
 Logits = NDArray[np.float32]
 
@@ -55,6 +56,20 @@ def tree(choices: Sequence[Sequence[int]], names: Sequence[str]) -> Node:
             raise InputError(f"choices: {names[index]!r} and {names[node.ends]!r} are the same answer")
         node.ends = index
     return root
+
+
+def spellings(spec: PromptSpec, tokenizer: Tokenizer, names: Sequence[str]) -> list[list[list[int]]]:
+    """Ids of all choices behind the opening of an answer, in one or two spellings.
+
+    As the template writes an answer, if that is known; else bare and behind a blank, and the model decides
+    (`likelier`). Raises InputError for no choice and for an empty one.
+    """
+    if not names:
+        raise InputError("choices: got none; give one or more")
+    if empty := [name for name in names if not name.strip()]:
+        raise InputError(f"choices: {empty[0]!r} is empty; give texts")
+    leads = [spec.later.answer_before] if spec.later else ["", " "]
+    return [[spelled(tokenizer, spec.assistant, lead + name) for name in names] for lead in leads]
 
 
 def spelled(tokenizer: Tokenizer, opening: Sequence[int], text: str) -> list[int]:

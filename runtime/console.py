@@ -122,7 +122,7 @@ def as_dict(found: Answer) -> dict[str, Any]:
 
 def timing_line(load_ms: float, stats: GenerationStats) -> str:
     """For people."""
-    speed = f"{stats.decode_tok_s:.1f} tok/s" if stats.decode_ms else "one token, no tok/s"
+    speed = f"{stats.decode_tok_s:.1f} tok/s" if stats.decode_ms else "no tok/s"
     image_ms = stats.prepare_ms + stats.encode_ms
     return (
         f"load {load_ms:.0f} ms | image {image_ms:.1f} ms "

@@ -294,7 +294,7 @@ class Session(Answering):
         self, run: Run, source: Sources, question: str, history: History, names: tuple[str, ...]
     ) -> Answer:
         """The likeliest of the choices."""
-        spellings = self._spellings(names)
+        spellings = choices.spellings(self.manifest.prompt, self._tokenizer, names)
         trees = [choices.tree(ids, names) for ids in spellings]
         longest = max(len(ids) for spelling in spellings for ids in spelling)
         opened = self._prompt(run, source, question, history, longest)
@@ -302,30 +302,14 @@ class Session(Answering):
             return run.answer()
         logits = self._prefilled(*opened, run)
         which = choices.likelier(spellings, logits)
-        mark = time.perf_counter()
         values = choices.score(self, trees[which], len(names), logits, self.stop_ids, run.cancelled)
         run.first_text()
         if values is None:
             return run.answer()
-        run.stats.decode_ms.append(ms_since(mark))
         best = choices.draw(values, run.options.temperature, run.options.seed)
         ids = list(spellings[which][best])
         run.stats.new_tokens = len(ids)
         return Answer(names[best], ids, "stop", run.stats, ChoiceScores(names, values))
-
-    def _spellings(self, names: Sequence[str]) -> list[list[list[int]]]:
-        """Ids of all choices behind the opening of an answer: as the template writes an answer, if that is
-        known, else bare and behind a blank: the model then decides."""
-        spec = self.manifest.prompt
-        if not names:
-            raise InputError("choices: got none; give one or more")
-        if empty := [name for name in names if not name.strip()]:
-            raise InputError(f"choices: {empty[0]!r} is empty; give texts")
-        leads = [spec.later.answer_before] if spec.later else ["", " "]
-        return [
-            [choices.spelled(self._tokenizer, spec.assistant, lead + name) for name in names]
-            for lead in leads
-        ]
 
     def _side_by_side(
         self,
@@ -342,7 +326,7 @@ class Session(Answering):
                 grids = [grid for each in images for grid in each.grids]
                 positions, following = positions_of(self.manifest, ids, grids)
                 rows.append(batch.Row(run, ids, images, positions, following))
-        reason = backend.no_rows or _no_batch(rows, self.manifest.merge.token)
+        reason = backend.no_rows or batch.refusal(rows, self.manifest.merge.token)
         cancelled = runs[0].cancelled if runs else bool
         if not reason and not cancelled():
             state = backend.rows(len(rows), batch.most_tokens(rows, self.max_context))
@@ -414,12 +398,3 @@ def _backend(directory: Path, manifest: Manifest, settings: RunSettings, context
     from runtime.onnx_session import OnnxBackend
 
     return OnnxBackend(directory, manifest, settings, context)
-
-
-def _no_batch(rows: Sequence[batch.Row], image_token: int) -> str:
-    """Why these rows do not run side by side."""
-    if len(rows) < 2:
-        return "it is one question"
-    if any(len(row.ids) < 2 or row.ids[-1] == image_token for row in rows):
-        return "a prompt has no text to end with"
-    return ""
