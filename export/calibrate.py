@@ -26,6 +26,7 @@ from export.passes import constant
 from runtime.errors import InputError
 from runtime.generation import GenerationOptions
 from runtime.image import ImageInput, join_features
+from runtime.manifest import ImageAttention
 from runtime.positions import position_ids
 from runtime.session import Session
 
@@ -203,6 +204,8 @@ def _feeds(session: Session, embed: Any, decoder: ir.Model, case: ParityCase) ->
         "position_ids": positions if len(positions) == 1 else positions[:, None],
         "num_logits_to_keep": np.array(1, dtype=np.int64),
     }
+    if isinstance(manifest.attention, ImageAttention):
+        feeds[manifest.attention.input] = is_image.astype(np.int64)[None]
     stack = None
     if manifest.deepstack is not None:
         stack = np.zeros((manifest.deepstack.layers, *embeds.shape), dtype=np.float32)

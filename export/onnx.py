@@ -37,6 +37,7 @@ from runtime.errors import CheckpointError
 from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec, Normalise
 from runtime.manifest import (
+    CausalAttention,
     FileRef,
     Limits,
     Manifest,
@@ -221,6 +222,13 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     policy = resolve(precision)
     precision, exact = policy.name, all(rule.scheme == "keep" for rule in policy.rules)
     calibration = None
+    if any(rule.scheme == "int8-kv" for rule in policy.rules) and not isinstance(
+        facts.family.attention(facts.checkpoint), CausalAttention
+    ):
+        raise CheckpointError(
+            f"{facts.checkpoint.path}: int8 keys and values ({precision}) are not offered where a picture's "
+            "tokens see each other; leave -kv8 out"
+        )
     if policy.calibrated:
         facts.say(f"{precision}: calibrating on {len(facts.examples or facts.cases)} prompts")
         calibration = calibration_of(facts, scratch)
