@@ -62,7 +62,7 @@ def choose(session: Session, cases: Sequence[ParityCase]) -> Conversation | None
 
 def _prompts(session: Session, conversation: Conversation) -> list[tuple[NDArray[np.int64], tuple[Any, ...]]]:
     """After each question: ids of all of it, and its pictures so far."""
-    found = []
+    found: list[tuple[NDArray[np.int64], tuple[Any, ...]]] = []
     history: list[Turn] = []
     for n, question in enumerate(conversation.questions):
         prepared = tuple(session.prepare(image) for image in conversation.pictures[n])

@@ -132,7 +132,7 @@ def later_turns(
 ) -> int:
     """Conversations of two and three turns, `images` pictures at most in all of them."""
     one, other = (picture(0),), (picture(7),)
-    shapes = [(one, ()), (one, (), ())]
+    shapes: list[tuple[tuple[Image.Image, ...], ...]] = [(one, ()), (one, (), ())]
     if text_only:
         shapes += [((), ())]
     if later.user is not None:

@@ -246,7 +246,12 @@ def test_a_checkpoint_with_tiles_can_be_exported_without(tmp_path: Path) -> None
 
 def test_the_proof_is_part_of_every_gate(grid: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(proof, "first_turn", lambda *_, **__: calls.append(1) or 1)
+
+    def count(*_: object, **__: object) -> int:
+        calls.append(1)
+        return 1
+
+    monkeypatch.setattr(proof, "first_turn", count)
     for precision in PRECISIONS:
         judge(grid, precision, grid.manifest(precision))
     assert len(calls) == len(PRECISIONS)

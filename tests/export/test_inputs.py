@@ -101,7 +101,8 @@ def test_the_estimate_is_no_smaller_than_the_bundle_but_of_its_size(
 def test_a_disk_that_fills_up_leaves_no_half_bundle(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, written = storage.save, []
+    save = storage.save
+    written: list[Path] = []
 
     def full(model: Any, path: Path, **options: Any) -> Any:
         if len(written) == 2:
