@@ -228,7 +228,18 @@ def test_doctor() -> None:
     assert found["threads"] >= 1
     onnx = next(extra for extra in found["extras"] if extra["extra"] == "onnx")
     assert onnx["complete"] is True
-    assert "pip install 'pocketvlm[" in call("doctor").stdout
+    assert ("pip install 'pocketvlm[" in call("doctor").stdout) == (
+        not all(extra["complete"] for extra in found["extras"])
+    )
+
+
+def test_doctor_names_the_command_of_a_missing_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installation, "EXTRAS", (("some", ("numpy", "no-such-package")),))
+    pocketvlm._print_installation({"pocketvlm": "1", **installation.describe()})
+    said = capsys.readouterr().out
+    assert "[some] missing no-such-package: pip install 'pocketvlm[some]' (have numpy " in said
 
 
 def test_doctor_knows_the_extras_of_the_project() -> None:
