@@ -1,4 +1,4 @@
-"""SmolVLM and Idefics3 with tiles, against their own processors and models (damages: `test_gate_tiles.py`)."""
+"""SmolVLM and Idefics3 with tiles, against their own processors and models; damages: `test_gate_tiles.py`."""
 
 from __future__ import annotations
 
