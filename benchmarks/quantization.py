@@ -27,6 +27,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+if str(Path(__file__).parent) in sys.path:  # run as a file: its onnx.py would stand for the onnx package
+    sys.path.remove(str(Path(__file__).parent))
 
 from distill import fresh
 from distill.demo import demo, demo_recipe
