@@ -34,16 +34,14 @@ class Source:
             return tuple(opened.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Any:
-        """One tensor as float32 or float16 as stored; other float types as float32 (exact for bfloat16)."""
-        import torch
-
+        """One tensor in the type that it is stored in."""
         with safe_open(self.files[name], "pt") as opened:
             found = opened.get_tensor(name)
         if not found.is_floating_point():
             raise CheckpointError(
                 f"{self.path}: {name} is {found.dtype}; a quantized checkpoint cannot be converted"
             )
-        return found if found.dtype in (torch.float32, torch.float16) else found.float()
+        return found
 
     @property
     def preprocessor(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def write(plan: Plan, source: Source, out: Path, precision: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for piece, kind in zip(plan.pieces, types, strict=True):
-            writer.write_tensor_data(_data(piece, source, kind))
+            _write_tensor(writer, _rows(piece, source), kind)
     finally:
         writer.close()
 
@@ -83,10 +83,26 @@ def _shape(piece: Piece, source: Source) -> tuple[int, ...]:
     return tuple((piece.change(meta) if piece.change else meta).shape)
 
 
-def _data(piece: Piece, source: Source, kind: Type) -> Any:
+def _rows(piece: Piece, source: Source) -> Any:
+    """The tensor of the file, in the type that it is stored in, as (rows, columns)."""
     tensor = source.tensor(piece.source)
-    array = np.ascontiguousarray((piece.change(tensor) if piece.change else tensor).numpy())
-    return gguf.quants.quantize(array, kind)
+    tensor = piece.change(tensor) if piece.change else tensor
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _write_tensor(writer: Any, rows: Any, kind: Type) -> None:
+    """Round and write a few rows at a time: only the stored form of the tensor is whole in memory."""
+    stream, written = writer.fout[0], 0
+    writer.write_padding(stream, stream.tell())
+    step = max(1, _VALUES_AT_ONCE // rows.shape[1])
+    for start in range(0, len(rows), step):
+        some = gguf.quants.quantize(rows[start : start + step].float().numpy(), kind)
+        stream.write(some.tobytes())
+        written += some.nbytes
+    writer.write_padding(stream, written)
+
+
+_VALUES_AT_ONCE = 1 << 18
 
 
 def _write_values(

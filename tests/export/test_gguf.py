@@ -265,10 +265,10 @@ def _change(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """The writer stores the tensor `place` with its rows in another order."""
     from export import gguf_write
 
-    real = gguf_write._data
+    real = gguf_write._rows
 
-    def data(piece, source, kind):  # type: ignore[no-untyped-def]
-        found = real(piece, source, kind)
-        return np.ascontiguousarray(found[::-1]) if piece.name == place else found
+    def rows(piece, source):  # type: ignore[no-untyped-def]
+        found = real(piece, source)
+        return found.flip(0) if piece.name == place else found
 
-    monkeypatch.setattr(gguf_write, "_data", data)
+    monkeypatch.setattr(gguf_write, "_rows", rows)
