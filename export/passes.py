@@ -265,11 +265,11 @@ def pack_gate_up(model: ir.Model) -> int:
 def _gated_partner(sigmoid: ir.Node) -> tuple[ir.Node, ir.Node | None] | None:
     """The up projection in `gate * sigmoid(gate) * up` or `gelu(gate) * up`, in any order of the factors."""
     if sigmoid.op_type == "Gelu":
-        last = [user for user, _ in sigmoid.outputs[0].uses()]
+        users = [user for user, _ in sigmoid.outputs[0].uses()]
         others = [
-            x for user in last if user.op_type == "Mul" for x in user.inputs if x is not sigmoid.outputs[0]
+            x for user in users if user.op_type == "Mul" for x in user.inputs if x is not sigmoid.outputs[0]
         ]
-        return _projection(others[0]) if len(last) == len(others) == 1 else None
+        return _projection(others[0]) if len(users) == len(others) == 1 else None
     for user, _ in sigmoid.outputs[0].uses():
         if user.op_type != "Mul" or sigmoid.inputs[0] not in user.inputs:
             continue
