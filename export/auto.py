@@ -187,7 +187,9 @@ class _Search:
 
     def _alone(self, axis: Axis, exact: Setting) -> tuple[Scheme, float]:
         """The smallest scheme of an axis that fits while all else is float32, and its drop."""
-        for scheme in axis.schemes:
+        kind = axis.node.split(":")[0]
+        there = any(kind in ("*", node.op_type) for node in self.facts.graphs[axis.part])
+        for scheme in axis.schemes if there else axis.schemes[-1:]:  # attention may stand inside branches
             found = self.measure({**exact, axis.name: scheme})
             if found.fits:
                 return scheme, found.drop
