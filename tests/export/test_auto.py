@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ class Judged(auto._Search):
     """A search whose answers are given: `wrong(setting)` of 200 questions, bytes by the schemes' bits."""
 
     def __init__(self, work: Path, max_drop: float, wrong: Callable[[dict[str, str]], int]) -> None:
-        super().__init__(None, Split(questions(200), ()), work, work, max_drop, lambda _: None)
+        nodes = [SimpleNamespace(op_type=kind) for kind in ("MatMul", "Gather", "GroupQueryAttention")]
+        facts = SimpleNamespace(graphs={axis.part: nodes for axis in AXES})
+        super().__init__(facts, Split(questions(200), ()), work, work, max_drop, lambda _: None)
         self.wrong, self.asked = wrong, 0
 
     def _ask(self, policy: Policy, asked: Sequence[Any]) -> tuple[dict[str, int], AccuracyResult]:
