@@ -46,7 +46,7 @@ def any_batch(model: ir.Model) -> int:
     users = list(pixels.uses())
     target = add_initializer(graph, "pixel_values.views", np.array([-1, *sizes], np.int64))
     flat = ir.node("Reshape", [pixels, target], name="pixel_values.reshape")
-    flat.outputs[0].name, flat.outputs[0].dtype = "pixel_values.flat", pixels.dtype
+    flat.outputs[0].name, flat.outputs[0].type = "pixel_values.flat", pixels.type
     flat.outputs[0].shape, pixels.shape = pixels.shape, None
     for node, index in users:
         node.replace_input_with(index, flat.outputs[0])

@@ -151,7 +151,7 @@ def _elsewhere(tensor: ir.TensorProtocol, name: str, path: Path, offset: int) ->
         offset,
         int(tensor.nbytes),
         tensor.dtype,
-        shape=ir.Shape(list(tensor.shape)),
+        shape=ir.Shape([int(size) for size in tensor.numpy().shape]),
         name=name,
         base_dir=str(path.parent),
     )

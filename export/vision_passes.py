@@ -54,7 +54,7 @@ def _attention(
 def emitted_attention(module: nn.Module) -> Iterator[None]:
     """Attention layers of `module` emit `MultiHeadAttention` inside this block only."""
     layers = [each for each in module.modules() if type(each).__name__.endswith("Attention")]
-    configs = {
+    configs: dict[int, Any] = {
         id(each.config): each.config
         for each in layers
         if hasattr(getattr(each, "config", None), "_attn_implementation")
@@ -105,7 +105,7 @@ def fuse_skip_layer_norm(model: ir.Model) -> int:
         ):
             output.name = f"{node.name}.skip.out{index}"
             if like is not None:
-                output.dtype, output.shape = like.dtype, like.shape
+                output.type, output.shape = like.type, like.shape
         graph.insert_before(node, skip)
         node.outputs[0].replace_all_uses_with(skip.outputs[0])
         add.outputs[0].replace_all_uses_with(skip.outputs[3])
