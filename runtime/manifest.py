@@ -66,10 +66,10 @@ class CausalAttention(Contract):
 
 
 class ImageAttention(Contract):
-    """Every token sees itself and all before it, an image token also those after it in the same picture.
+    """Every token sees itself and all before it, an image token also those after it in its picture.
 
-    The decoder's `input` (batch, S) int64 is 1 at image tokens, 0 elsewhere; image tokens side by side are one
-    picture. `windows`: by layer, how many tokens one sees at most, itself and before it; null: all. The decoder
+    The decoder's `input` (batch, S) int64 is 1 at image tokens, 0 elsewhere; image tokens side by side are
+    one picture. `windows`: by layer, how many tokens one sees at most, itself and before; null: all. The decoder
     does it (a reader that brings its own decoder must).
     """
 
@@ -136,9 +136,9 @@ class StaticCache(Contract):
     """Graphs of fixed shapes: `embed_tokens` and `decoder_prefill` take `chunk` tokens, `decoder` takes one.
 
     Each `state` input is a buffer as long as the context on its `sequence_axis`; the output holds the new
-    tokens' entries only, which the reader copies into the buffer at their place. `past_mask` (1, 1, 1, context)
-    is 0 at tokens that the buffers hold and `masked` elsewhere; among the new ones the graph is causal itself.
-    A last chunk that is not full is padded on the right, and `logits_index` (1,) names its last token.
+    tokens' entries only, which the reader copies into the buffer at their place. `past_mask` (1, 1, 1,
+    context) is 0 at tokens that the buffers hold, `masked` elsewhere; among the new ones the graph is causal. A
+    last chunk that is not full is padded on the right, and `logits_index` (1,) names its last token.
     """
 
     op: Literal["cache.static@1"] = "cache.static@1"
@@ -222,7 +222,7 @@ class Part(Contract):
 
 
 class Source(Contract):
-    """The checkpoint the bundle was made from; `changed`: settings of it that this export has set otherwise."""
+    """The checkpoint the bundle was made from; `changed`: its settings that this export set otherwise."""
 
     name: str
     sha256: Sha256
