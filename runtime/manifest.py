@@ -69,8 +69,8 @@ class ImageAttention(Contract):
     """Every token sees itself and all before it, an image token also those after it in its picture.
 
     The decoder's `input` (batch, S) int64 is 1 at image tokens, 0 elsewhere; image tokens side by side are
-    one picture. `windows`: by layer, how many tokens one sees at most, itself and before; null: all. The decoder
-    does it (a reader that brings its own decoder must).
+    one picture. `windows`: by layer, how many tokens one sees at most, itself and before; null: all. The
+    decoder does it (a reader that brings its own decoder must).
     """
 
     op: Literal["attention.image_bidirectional@1"] = "attention.image_bidirectional@1"
