@@ -17,8 +17,8 @@ round; its interval is a bootstrap over rounds and repeats (`evals/stats.py`).
 Decode: int4 weights with the LM head, one token after another, the largest logit taken, after a prompt of
 128 or 1,100 tokens. `ours`: blocks of 64, int8 keys and values; `ours-float-kv`: float keys and values.
 `genai`: the builder at blocks of 64 (its best here); `genai-default`: its default, blocks of 32. `llama`:
-Q4_0, float16 keys and values. The share of memory bandwidth is (decoder weights + keys and values) / time over
-what `against/onnx_bandwidth.py` reads in the same round.
+Q4_0, float16 keys and values. The share of memory bandwidth is (decoder weights + keys and values) / time
+over what `against/onnx_bandwidth.py` reads in the same round.
 
 TTFT: bytes of a PNG of 512 px and a question of 64 tokens in, first text out, models loaded, cache empty.
 `ours`: int8 vision, int4 decoder, `-prefill8` with a second int8 graph for prompts; `ours-fp32`: everything

@@ -137,8 +137,8 @@ class StaticCache(Contract):
 
     Each `state` input is a buffer as long as the context on its `sequence_axis`; the output holds the new
     tokens' entries only, which the reader copies into the buffer at their place. `past_mask` (1, 1, 1,
-    context) is 0 at tokens that the buffers hold, `masked` elsewhere; among the new ones the graph is causal. A
-    last chunk that is not full is padded on the right, and `logits_index` (1,) names its last token.
+    context) is 0 at tokens that the buffers hold, `masked` elsewhere; among the new ones the graph is causal.
+    A last chunk that is not full is padded on the right, and `logits_index` (1,) names its last token.
     """
 
     op: Literal["cache.static@1"] = "cache.static@1"
