@@ -306,7 +306,10 @@ def run(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
     inter_threads: Annotated[int, typer.Option(min=1, help="Threads over independent nodes.")] = 1,
-    spin: Annotated[bool, typer.Option(help="Let waiting threads spin; off on a busy machine.")] = True,
+    spin: Annotated[
+        bool | None,
+        typer.Option("--spin/--no-spin", help="Waiting threads spin; default: with ONNX, not with GGUF."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Check the hash of every file of the bundle.")] = True,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also: context, bytes of its state, providers.")
@@ -554,7 +557,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Measure load, image, first text, tokens a second, memory and bytes of bundles, in fresh processes."""
-    _require("onnx", ("onnxruntime",))
+    for bundle in bundles:
+        _require_backend(bundle)
     from evals.bench import subject
     from evals.latency import measure_all
     from runtime.threads import default_threads
@@ -578,6 +582,14 @@ def bench(
         typer.echo(json.dumps({"image": str(picture), "question": asked, "bundles": found}))
     else:
         _print_bench(measured, picture, asked)
+
+
+def _require_backend(bundle: Path) -> None:
+    """Raise MissingExtra when what runs a bundle is not installed, BundleError when it is no bundle."""
+    from runtime import bundle as bundles
+
+    found = bundles.read(bundle, verify=False).format
+    _require(found, {"onnx": ("onnxruntime",), "gguf": ("llama_cpp",)}.get(found, ()))
 
 
 def _print_bench(measured: Sequence[Measured], image: Path, question: str) -> None:

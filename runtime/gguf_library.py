@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ _CACHE_TYPES = {"f32": 0, "f16": 1}
 
 def load(spin: bool = False) -> tuple[Any, Any]:
     """(llama_cpp, its mtmd_cpp), logs silenced. Raises MissingExtra."""
-    if not spin:  # read once, when the OpenMP library is loaded
+    if not spin and "llama_cpp" not in sys.modules:  # read once, when the OpenMP library is loaded
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:

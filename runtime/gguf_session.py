@@ -47,7 +47,7 @@ class GgufBackend:
         self._manifest = manifest
         self._rows = 1 if isinstance(manifest.positions, Positions1d) else 4
         self.text = TextModel(
-            paths["text_model"], context=context, threads=threads, settings=speed, spin=settings.spin
+            paths["text_model"], context=context, threads=threads, settings=speed, spin=bool(settings.spin)
         )
         try:
             self._vision = VisionModel(paths["mmproj"], self.text, threads=threads, settings=speed)

@@ -40,12 +40,13 @@ ORT_TYPES = {
 class RunSettings:
     """How a bundle is run. `threads` inside a node (default: physical cores), `inter_threads` over nodes.
 
-    `spin`: waiting threads spin. `providers`: the preferred one first; the CPU is always the last resort.
+    `spin`: waiting threads spin (None: as is best for the backend). `providers`: the preferred one first; the
+    CPU is always the last resort.
     """
 
     threads: int | None = None
     inter_threads: int = 1
-    spin: bool = True
+    spin: bool | None = None
     providers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -153,8 +154,9 @@ def _session_options(ort: Any, settings: RunSettings) -> Any:
     if settings.inter_threads > 1:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     options.log_severity_level = 3  # errors only; they are raised as well
+    spin = "0" if settings.spin is False else "1"
     for scope in ("intra", "inter"):
-        options.add_session_config_entry(f"session.{scope}_op.allow_spinning", "1" if settings.spin else "0")
+        options.add_session_config_entry(f"session.{scope}_op.allow_spinning", spin)
     return options
 
 

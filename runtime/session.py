@@ -82,7 +82,7 @@ class Session(Answering):
         *,
         threads: int | None = None,
         inter_threads: int = 1,
-        spin: bool = True,
+        spin: bool | None = None,
         providers: Sequence[str] | None = None,
         max_context: int | None = None,
         reuse: bool = True,
@@ -357,7 +357,7 @@ def open_bundle(
     threads: int | None = None,
     inter_threads: int = 1,
     verify: bool = True,
-    spin: bool = True,
+    spin: bool | None = None,
     providers: Sequence[str] | None = None,
     max_context: int | None = None,
     reuse: bool = True,
@@ -365,9 +365,11 @@ def open_bundle(
     """Open a bundle directory, every file's hash checked unless `verify` is off.
 
     `threads`: physical cores by default; `inter_threads`: for independent nodes. `spin=False`: idle threads
-    sleep, for busy machines and batteries. `providers`: execution providers by preference, the bundle's own
-    by default; `Session.providers` tells what became of them. `max_context`: tokens that a sequence may
-    have, whose buffers are allocated now. `reuse=False`: every answer encodes and prefills all of its prompt.
+    sleep, for busy machines and batteries; by default they spin in onnxruntime and sleep in llama.cpp (which
+    reads it once, at the first bundle of a process). `providers`: execution providers by preference, the
+    bundle's own by default; `Session.providers` tells what became of them. `max_context`: tokens that a
+    sequence may have, whose buffers are allocated now. `reuse=False`: every answer encodes and prefills all
+    of its prompt.
     Raises BundleError, InputError or MissingExtra.
     """
     start = time.perf_counter()
