@@ -129,20 +129,18 @@ def check_quantized(
     The figures without prefix compare with the checkpoint: they are reported, not limited, because what
     rounding costs is for the accuracy evaluation to judge. Raises ParityError.
     """
-    twins = {}
     figures = {}
-    for role in originals:
-        part = draft.part(role)
-        twin = twin_of(_read_part(staged, part.path))
-        figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(
-            originals[role], twin, part.path, calibration
-        )
-        twins[role] = twin.model
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        for role, model in twins.items():
-            path = Path(folder) / draft.part(role).path
+        for role in originals:  # one twin at a time in memory: it has every weight in float32
+            part = draft.part(role)
+            twin = twin_of(_read_part(staged, part.path))
+            figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(
+                originals[role], twin, part.path, calibration
+            )
+            path = Path(folder) / part.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            storage.save(model, path, beside=True)
+            storage.save(twin.model, path, beside=True)
+            del twin
         shutil.copyfile(staged / draft.tokenizer.file.path, Path(folder) / draft.tokenizer.file.path)
         checkpoint = Checkpoint(reference.path, reference.model, reference.processor)
         check_prompts(checkpoint, staged, draft, geometry or draft.image)

@@ -237,8 +237,14 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     if policy.prefill:  # before the decoder, whose inputs and outputs are the contract's
         floats = {**floats, "decoder_prefill": facts.graphs["decoder"], "decoder": floats.pop("decoder")}
     graphs = {role: quantize(model, role, policy.rules, calibration) for role, model in floats.items()}
+    twice = [
+        f"{parts} store {count} bytes twice: one matrix in two orders"
+        for parts, count in storage.shared_bytes(graphs).items()
+    ]
     write_files(facts, staged, graphs)
+    del graphs  # the gate needs the memory
     draft = draft_manifest(facts, staged, precision, name)
+    draft = draft.model_copy(update={"notes": (*draft.notes, *twice)})
     layout.write_config(staged, draft.parts)
     facts.say(f"{precision}: parity gate")
     if exact:

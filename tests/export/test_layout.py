@@ -165,3 +165,8 @@ def test_a_picture_may_come_with_a_batch_in_front(shape: tuple[int, ...], export
 )
 def test_suffixes(name: str, parts: tuple[str, str]) -> None:
     assert layout.split_suffix(name) == parts
+
+
+def test_bytes_that_two_parts_share_are_told(exported: Exported) -> None:
+    notes = exported.manifest("fp32").notes
+    assert any("store" in note and "twice" in note for note in notes), notes
