@@ -79,7 +79,10 @@ class Switches(Strict):
 
 
 class Export(Strict):
+    """ONNX precisions of every student; GGUF types of the first one, where llama.cpp is installed."""
+
     precisions: Annotated[list[str], Field(min_length=1)]
+    gguf: list[str] = Field(default_factory=list)
 
 
 class Measure(Strict):

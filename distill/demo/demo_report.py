@@ -6,6 +6,7 @@ Not here: drawing the page (`evals/report.py`), timing a bundle (`evals/latency.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -45,6 +46,7 @@ from evals.results import (
     TrainingCurve,
 )  # fmt: skip
 from runtime import files
+from runtime.errors import MissingExtra
 from runtime.files import Ledger
 
 WARMUP = "warmup"
@@ -98,12 +100,24 @@ def asked(plan: Recipe) -> list[Question]:
 
 
 def bundle_directories(out: Path, plan: Recipe) -> dict[Path, str]:
-    """Every bundle with the student it was made from."""
-    return {
+    """Every bundle with the student it was made from; of GGUF bundles those that are there."""
+    found = {
         out / "bundles" / f"{student}-onnx-{precision}": student
         for student in plan.students
         for precision in plan.export.precisions
     }
+    return found | {
+        path: student
+        for student in plan.students
+        for kind in plan.export.gguf
+        if (path := out / "bundles" / f"{student}-gguf-{kind}").exists()
+    }
+
+
+def no_gguf() -> str:
+    """Why no GGUF bundles can be made here; nothing if they can."""
+    lacking = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(name) is None]
+    return str(MissingExtra(lacking[0].replace("_", "-"), "gguf")) if lacking else ""
 
 
 def answer_jobs(out: Path, plan: Recipe) -> list[Job]:
@@ -202,7 +216,8 @@ def collect(out: Path, plan: Recipe, *, command: str, smoke: bool, resumed: set[
         ],
         device=describe(),
         missing=[
-            Missing(what="GGUF and Core ML bundles", why="their exporters are not built yet"),
+            *([Missing(what="GGUF bundles", why=no_gguf())] if plan.export.gguf and no_gguf() else []),
+            Missing(what="Core ML bundles", why="their exporter is not built yet"),
             Missing(what="A phone or a Jetson board", why="all timings are of this computer's CPU"),
             Missing(what="Energy", why="no meter is read"),
         ],

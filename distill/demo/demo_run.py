@@ -25,7 +25,7 @@ from evals import easy_vqa
 from runtime import files
 
 Export = Callable[..., Any]
-"""`export.export_all(checkpoint, out_dir, precisions, name=..., image_required=...)`."""
+"""`export.export_all(checkpoint, out_dir, precisions, to=..., name=..., image_required=...)`."""
 RunJobs = Callable[[Sequence[Job]], list[Any]]
 
 
@@ -137,20 +137,24 @@ def _test_jobs(out: Path, plan: Recipe) -> list[Job]:
 
 
 def _export_jobs(out: Path, plan: Recipe, export: Export) -> list[Job]:
-    """One job a student; each traces once and quantizes from that trace."""
+    """One job a student, which traces once and quantizes from that trace; GGUF of the first student alone."""
+    wanted = [(student, "onnx", plan.export.precisions) for student in plan.students]
+    if plan.export.gguf and not demo_report.no_gguf():
+        wanted.append((next(iter(plan.students)), "gguf", plan.export.gguf))
     return [
         Job(
-            f"export {student}",
+            f"export {student} to {to}",
             export,
             {
                 "checkpoint": out / student,
                 "out_dir": out / "bundles",
-                "precisions": tuple(plan.export.precisions),
+                "precisions": tuple(precisions),
+                "to": to,
                 "name": student,
                 "image_required": True,
             },
         )
-        for student in plan.students
+        for student, to, precisions in wanted
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill.demo import demo_recipe, demo_report
+from distill.demo import demo_recipe, demo_report, demo_run
 from runtime.errors import StateError
 from runtime.files import Ledger
 from tests.distill.demo_driver import tiny
@@ -67,6 +68,21 @@ def test_every_stage_is_in_the_ledger_and_every_name_on_disk(finished: Path) -> 
     bundle = results["bundles"][0]
     assert bundle["agreement"]["same"] + bundle["agreement"]["near_ties"] >= bundle["agreement"]["n"]
     assert "<html" in (finished / "report" / "index.html").read_text()
+    of_llama_cpp = [bundle for bundle in results["bundles"] if bundle["format"] == "gguf"]
+    missing = {row["what"]: row["why"] for row in results["missing"]}
+    if demo_report.no_gguf():
+        assert not of_llama_cpp and "pip install" in missing["GGUF bundles"]
+    else:
+        assert [bundle["precision"] for bundle in of_llama_cpp] == ["q8_0"] and "GGUF bundles" not in missing
+        assert of_llama_cpp[0]["test"]["n"] == 12 and of_llama_cpp[0]["latency"]
+
+
+def test_without_llama_cpp_the_demo_has_one_line_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else real(name))
+    assert demo_report.no_gguf() == "llama-cpp is not installed; run: pip install 'pocketvlm[gguf]'"
+    exported = [job.name for job in demo_run._export_jobs(Path("out"), tiny(), print)]
+    assert exported == ["export student to onnx"]
 
 
 def test_checkpoints_load_with_no_code_of_ours(finished: Path, tmp_path: Path) -> None:
