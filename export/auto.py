@@ -188,7 +188,7 @@ class _Search:
     def _alone(self, axis: Axis, exact: Setting) -> tuple[Scheme, float]:
         """The smallest scheme of an axis that fits while all else is float32, and its drop."""
         kind = axis.node.split(":")[0]
-        there = any(kind in ("*", node.op_type) for node in self.facts.graphs[axis.part])
+        there = any(kind in ("*", node.op_type) for node in self.facts.graphs[axis.part].graph)
         for scheme in axis.schemes if there else axis.schemes[-1:]:  # attention may stand inside branches
             found = self.measure({**exact, axis.name: scheme})
             if found.fits:
