@@ -34,6 +34,7 @@ from runtime import bundle, files
 from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec, ToBytes
 from runtime.manifest import Fallback, Manifest, Part
+from runtime.prompt import load_tokenizer
 
 _TOOLS = ("torch", "transformers", "gguf", "llama-cpp-python")
 _VISION = {"f32": "f32", "f16": "f16", "bf16": "f16"}
@@ -119,7 +120,10 @@ class Work:
         parts = (self._text(staged, kind, name), self._vision(staged, kind, name))
         shutil.copyfile(facts.checkpoint.path / "tokenizer.json", staged / "tokenizer.json")
         draft = self._draft(staged, kind, name, parts)
-        gguf_modelfile.write(staged, draft)
+        remark = _stopped_tools(staged / "tokenizer.json", self.files.vision.tools_need)
+        if remark:
+            facts.say(f"{kind}: {remark}")
+        gguf_modelfile.write(staged, draft, remark)
         facts.say(f"{kind}: parity gate")
         base = {} if kind == "f32" else {"text_model": self._base(), "mmproj": self._base_vision()}
         parity = gguf_gate.check(facts, staged, draft, kind, base)
@@ -169,6 +173,19 @@ class Work:
         draft = onnx.draft_manifest(self.facts, staged, label, name, parts=parts, to="gguf")
         tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         return draft.model_copy(update={"tool_versions": tools})
+
+
+def _stopped_tools(tokenizer: Path, needed: Sequence[str]) -> str:
+    """A sentence about tokens that llama.cpp's own tools cannot do without; nothing when all are there."""
+    found = load_tokenizer(tokenizer)
+    pieces = {
+        found.decode([place], skip_special_tokens=False)
+        for place in range(found.get_vocab_size() if needed else 0)
+    }
+    if lacking := [text for text in needed if text not in pieces]:
+        what = f"the tokenizer has no token {lacking[0]!r}"
+        return f"llama.cpp's own tools stop on pictures: {what} (docs/gguf.md)"
+    return ""
 
 
 def _part(staged: Path, role: Literal["text_model", "mmproj"], path: Path, kind: str) -> Part:

@@ -17,8 +17,8 @@ from runtime.prompt_spec import Ids, QuestionSlot, Segment
 NAME = "Modelfile"
 
 
-def write(staged: Path, manifest: Manifest) -> None:
-    """Write the file; a system prompt of the template is part of it."""
+def write(staged: Path, manifest: Manifest, remark: str = "") -> None:
+    """Write the file; a system prompt of the template is part of it. `remark`: a line of comment more."""
     tokenizer = load_tokenizer(staged / manifest.tokenizer.file.path)
 
     def text(ids: tuple[int, ...]) -> str:
@@ -37,6 +37,7 @@ def write(staged: Path, manifest: Manifest) -> None:
     stops = [f"PARAMETER stop {_quoted(text((stop,)))}" for stop in manifest.tokenizer.stop_ids]
     lines = [
         "# Not tried with Ollama: written from the chat template, see docs/gguf.md.",
+        *([f"# {remark}"] if remark else []),
         f"FROM ./{manifest.part('text_model').path}",
         f"FROM ./{manifest.part('mmproj').path}",
         f'TEMPLATE """{template}"""',

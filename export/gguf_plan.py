@@ -29,13 +29,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """One GGUF file. `values` writes its key-value pairs; `model` says `text` or `vision` in messages."""
+    """One GGUF file. `values` writes its key-value pairs; `model` says `text` or `vision` in messages.
+
+    `tools_need`: texts that llama.cpp's own tools put around a picture as one token each; where the tokenizer
+    has no such token they stop (a session here does not).
+    """
 
     architecture: str
     model: Literal["text", "vision"]
     pieces: tuple[Piece, ...]
     values: Callable[[Any], None]
     has_tokenizer: bool
+    tools_need: tuple[str, ...] = ()
 
 
 class GgufFamily(Protocol):

@@ -318,7 +318,9 @@ class SmolVlmGguf:
             whole = int((preprocessor.get("size") or {}).get("longest_edge", image))
             writer.add_vision_preproc_image_size(whole if preprocessor.get("do_image_splitting") else image)
 
-        return Plan("clip", "vision", _vision_pieces(SIGLIP, names, _none), values, has_tokenizer=False)
+        needed = ("\n\n", "<fake_token_around_image>", "<global-img>")
+        pieces = _vision_pieces(SIGLIP, names, _none)
+        return Plan("clip", "vision", pieces, values, has_tokenizer=False, tools_need=needed)
 
 
 _INTERNVL_TEXT = {"qwen2": _ARCH.QWEN2, "qwen3": _ARCH.QWEN3}

@@ -195,6 +195,12 @@ def test_a_rule_that_matches_nothing(wide: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_what_stops_llama_cpps_own_tools_is_told(bundles: dict[str, Path]) -> None:
+    """They look up a token of two newlines, which this tokenizer does not have."""
+    assert "no token '\\n\\n'" in (bundles["smolvlm"] / "Modelfile").read_text()
+    assert "own tools" not in (bundles["internvl"] / "Modelfile").read_text()
+
+
 # --- damage -----------------------------------------------------------
 
 
