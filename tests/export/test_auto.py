@@ -35,7 +35,7 @@ class Judged(auto._Search):
 
     def __init__(self, work: Path, max_drop: float, wrong: Callable[[dict[str, str]], int]) -> None:
         nodes = [SimpleNamespace(op_type=kind) for kind in ("MatMul", "Gather", "GroupQueryAttention")]
-        facts = SimpleNamespace(graphs={axis.part: nodes for axis in AXES})
+        facts = SimpleNamespace(graphs={axis.part: SimpleNamespace(graph=nodes) for axis in AXES})
         super().__init__(facts, Split(questions(200), ()), work, work, max_drop, lambda _: None)
         self.wrong, self.asked = wrong, 0
 
