@@ -37,6 +37,7 @@ def test_every_token_of_the_tokenizer_is_text(models: Any) -> None:
     assert made.decode(made("what word is it?").input_ids) == "what word is it?"
 
 
+@pytest.mark.slow
 def test_our_arms_run_on_the_tiny_shape(tmp_path: Path) -> None:
     """As `--quick --no-peers` does, one bundle only."""
     bench = driver.Bench(tmp_path, quick=True, peers=False)

@@ -114,6 +114,7 @@ assert not {"distill", "runtime", "export", "evals"} & set(sys.modules)
     assert run.stdout.split() == ["True", "True"]
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_student_is_the_same(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     work = out / "work"

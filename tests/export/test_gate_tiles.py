@@ -48,7 +48,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return _export(write_internvl(root / "tiny"), root / "out")
 
 
-@pytest.fixture(params=["split", "grid"])
+@pytest.fixture(params=[pytest.param("split", marks=pytest.mark.slow), "grid"])
 def exported(request: pytest.FixtureRequest) -> Exported:
     found: Exported = request.getfixturevalue(request.param)
     return found

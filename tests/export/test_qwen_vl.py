@@ -418,8 +418,10 @@ def test_angles_and_places_stay_float32_in_half_precision(traced: Prepared, name
     ("write", "shape", "dtype"),
     [
         (write_qwen3_vl, {"heads": 8, "kv_heads": 4}, torch.bfloat16),  # heads of 8
-        (write_qwen3_vl, {"hidden": 96}, torch.float16),  # of 24
-        (write_qwen2_5_vl, {"heads": 8, "kv_heads": 2, "seed": 1}, torch.float16),
+        pytest.param(write_qwen3_vl, {"hidden": 96}, torch.float16, marks=pytest.mark.slow),  # of 24
+        pytest.param(
+            write_qwen2_5_vl, {"heads": 8, "kv_heads": 2, "seed": 1}, torch.float16, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_narrow_heads_half_precision_and_shards(
