@@ -63,7 +63,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (96, 72)) -> Image.Image:
 def test_the_text_model_is_the_checkpoints_and_features_are_near(bundles: dict[str, Path], name: str) -> None:
     parity = bundle.read(bundles[name]).parity
     assert parity.figures["text_top1_agreement"] == 1.0
-    assert parity.figures["text_logit_rms_error"] < 2e-3
+    rows = 1e-5 if "qwen" not in name else 5e-3  # M-RoPE, see the gate
+    assert parity.figures["text_logit_rms_error"] < rows
     assert parity.figures["feature_rms_error"] < 0.02, "ggml's float16 tables"
     assert set(parity.limits) == {"feature_rms_error", "text_logit_rms_error"}
 
