@@ -16,8 +16,6 @@ ARGS ?=
 
 DEMO_EXTRAS := distill,export,onnx,report
 DEV_EXTRAS := $(DEMO_EXTRAS),dev
-# Pinned by `make lock` although no extra needs it yet: GGUF writing.
-LATER := gguf
 
 # Waiting threads sleep instead of burning the core that another thread needs.
 export OMP_WAIT_POLICY := PASSIVE
@@ -47,7 +45,7 @@ check: lint test  ## style, types, tests
 
 lock:  ## write constraints.txt anew from the newest versions that pyproject.toml allows (compiles llama.cpp)
 	@$(call find_python); rm -rf .venv-lock; "$$python" -m venv .venv-lock
-	@.venv-lock/bin/python -m pip install -q -e '.[all,dev]' $(LATER)
+	@.venv-lock/bin/python -m pip install -q -e '.[all,dev]'
 	@{ sed -n '/^#/p' constraints.txt; \
 	   .venv-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt; rm -rf .venv-lock

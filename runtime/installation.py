@@ -14,7 +14,7 @@ from runtime.threads import default_threads
 CORE = ("numpy", "pillow", "pydantic", "tokenizers", "typer", "rich")
 EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("onnx", ("onnxruntime",)),
-    ("gguf", ("llama-cpp-python",)),
+    ("gguf", ("gguf", "llama-cpp-python")),
     ("coreml", ("coremltools",)),
     ("report", ("jinja2", "matplotlib")),
     (
