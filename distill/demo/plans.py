@@ -166,7 +166,7 @@ class PoolPlan:
         batch = self._batch(packed, rows, responses)
         found = objective.dense_terms(student_tv, packed.target_t, teacher_tv, reference_tv, self.switches)
         terms = objective.masters(found, batch, self.switches)
-        figures = dict(terms.figures, mask_ratio=stage.ratio)
+        figures = dict(terms.figures, mask_ratio=stage.ratio, rl_weight=self.switches.rl)
         if step % self.norms_every == 0:
             figures.update(_norm_shares(model, terms))
         return terms.total, figures
