@@ -61,6 +61,12 @@ def load(spin: bool = False) -> tuple[Any, Any]:
 _silent: Any = None  # the library keeps a pointer to it
 
 
+def _flash_attention(lib: Any, settings: Settings) -> int:
+    """The library's constant for what the settings ask."""
+    name = "ENABLED" if settings.flash_attention else "DISABLED"
+    return int(getattr(lib, f"LLAMA_FLASH_ATTN_TYPE_{name}"))
+
+
 class TextModel:
     """A text model and one sequence in it. Close it: the memory is not Python's."""
 
@@ -80,11 +86,7 @@ class TextModel:
         wanted.n_ctx = context
         wanted.n_batch = wanted.n_ubatch = min(context, MOST_AT_ONCE)
         wanted.n_threads = wanted.n_threads_batch = threads
-        wanted.flash_attn_type = (
-            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if settings.flash_attention
-            else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        wanted.flash_attn_type = _flash_attention(lib, settings)
         wanted.type_k = wanted.type_v = _CACHE_TYPES[settings.cache]
         self.context = lib.llama_init_from_model(self.model, wanted)
         if not self.context:
@@ -185,11 +187,7 @@ class VisionModel:
         wanted.n_threads = threads
         # pictures come in the size that the model is to see: no smallest or largest one of llama.cpp's own
         wanted.image_min_tokens, wanted.image_max_tokens = 1, MOST_IMAGE_TOKENS
-        wanted.flash_attn_type = (
-            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if settings.flash_attention
-            else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        wanted.flash_attn_type = _flash_attention(lib, settings)
         self._text, self._name = text, path.name
         self.context = mtmd.mtmd_init_from_file(str(path).encode(), text.model, wanted)
         if not self.context:

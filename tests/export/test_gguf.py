@@ -75,7 +75,7 @@ def test_a_bundle_conforms(bundles: dict[str, Path], name: str) -> None:
         assert conformance.check(opened, bundles[name]) == []
 
 
-def test_features_in_another_order_are_seen(bundles: dict[str, Path], session: Session) -> None:
+def test_features_in_another_order_are_seen(session: Session) -> None:
     """The limits alone must see what a wrong layout of the vision model would do."""
     prepared = session.prepare(picture())
     features = session.encode_image(prepared)
@@ -113,7 +113,7 @@ def test_a_question_without_a_picture(session: Session) -> None:
         assert session.ask(None, "what color?", SHORT).token_ids
 
 
-def test_choices_and_streaming(session: Session) -> None:
+def test_streaming_gives_the_answer_in_pieces(session: Session) -> None:
     pieces = list(session.stream(picture(), "what color?", SHORT))
     assert "".join(pieces) == session.ask(picture(), "what color?", SHORT).text
     assert session.kv_bytes > 0
