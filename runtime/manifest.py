@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, model_validator
@@ -146,6 +146,36 @@ class StaticCache(Contract):
     masked: float = Field(lt=0, allow_inf_nan=False)
 
 
+class CoremlFacts(Contract):
+    """ML programs with a state that the system keeps: `embed_tokens` and `decoder` have two functions each.
+
+    Function `prefill` takes `chunk` tokens, `decode` one; `functions` names those of each part. The decoder's
+    inputs: `inputs_embeds` (1, S, hidden), `position_ids` (1 or 3, S), `start` (1,): tokens that the state
+    holds, `last` (1,): the place in the chunk whose logits are wanted, and deepstack's input where there is
+    one. Each `state` is as long as `context` on its `sequence_axis`. What stands in it after the tokens that
+    were run is never looked at, so a sequence is cut back by a smaller `start`, except in a `conv` state,
+    which zeros start. A chunk that is not full is padded on the right with zeros, position ids too; where it
+    would reach beyond `context`, or a state is a `conv`, its tokens go through `decode` one by one.
+    """
+
+    op: Literal["cache.stateful@1"] = "cache.stateful@1"
+    chunk: int = Field(gt=1)
+    context: int = Field(gt=0)
+    functions: dict[str, tuple[str, ...]]
+    deployment_target: str = Field(default="iOS18", description="oldest system that opens the parts")
+
+    @model_validator(mode="after")
+    def _named(self) -> CoremlFacts:
+        for role in ("embed_tokens", "decoder"):
+            if missing := {"prefill", "decode"} - set(self.functions.get(role, ())):
+                raise ValueError(f"functions: {role} lacks {', '.join(sorted(missing))}")
+        if len(self.functions.get("vision_encoder", ())) != 1:
+            raise ValueError("functions: vision_encoder needs one")
+        if self.chunk > self.context:
+            raise ValueError(f"chunk {self.chunk} is longer than the context {self.context}")
+        return self
+
+
 class Limits(Contract):
     """What a session accepts: tokens of the whole sequence, tokens of a picture, pictures, source pixels."""
 
@@ -253,7 +283,7 @@ class Manifest(Contract):
 
     manifest_version: Literal[1] = 1
     name: str = Field(min_length=1)
-    format: Literal["onnx", "gguf"]
+    format: Literal["onnx", "gguf", "coreml"]
     flavour: Literal["ort-fused", "portable-static"] = "ort-fused"
     precision: str
     target: str | None = Field(default=None, description="the preset that it was exported for")
@@ -266,6 +296,7 @@ class Manifest(Contract):
     positions: Positions
     attention: Attention
     static: StaticCache | None = None
+    coreml: CoremlFacts | None = None
     state: tuple[StateTensor, ...]
     limits: Limits
     tokenizer: TokenizerSpec
@@ -291,6 +322,11 @@ class Manifest(Contract):
 
     def _check_parts(self) -> None:
         roles = sorted(part.role for part in self.parts)
+        if (self.format == "coreml") != (self.coreml is not None):
+            raise ValueError(f"format {self.format!r} and coreml do not go together")
+        if self.coreml is not None:
+            self._check_coreml(roles, self.coreml)
+            return
         if self.format == "gguf":
             if roles != ["mmproj", "text_model"] or self.state or self.static:
                 raise ValueError(f"gguf: parts must be one text_model and one mmproj, no state; got {roles}")
@@ -305,6 +341,19 @@ class Manifest(Contract):
         if self.static is not None and "decoder_prefill" not in roles:
             raise ValueError("static needs a decoder_prefill part")
         self._check_prefill()
+
+    def _check_coreml(self, roles: Sequence[str], facts: CoremlFacts) -> None:
+        """Three parts, and states that are named once and are as long as the context."""
+        if list(roles) != _ROLES or self.static:
+            raise ValueError(f"coreml: parts must be one each of {', '.join(_ROLES)}, got {roles}")
+        if not self.state or facts.context < self.limits.context:
+            raise ValueError(f"coreml: needs states as long as limits.context {self.limits.context}")
+        for state in self.state:
+            length = None if state.sequence_axis is None else state.shape[state.sequence_axis]
+            if state.input != state.output or length not in (None, facts.context):
+                raise ValueError(
+                    f"coreml: state {state.input} must be its own output and {facts.context} tokens long"
+                )
 
     def _check_prefill(self) -> None:
         """A second graph over the same states: fixed shapes apart, it must be called as the first."""
@@ -328,7 +377,7 @@ class Manifest(Contract):
             *([self.deepstack] if self.deepstack else []),
             self.positions,
             self.attention,
-            *([self.static] if self.static else []),
+            *(each for each in (self.static, self.coreml) if each),
         )
 
     def part(self, role: str) -> Part:
@@ -358,7 +407,7 @@ def known_operations() -> frozenset[str]:
     """Every operation that this runtime carries out."""
     image = get_args(get_args(ImageOperation)[0])
     schemes = (*get_args(get_args(Positions)[0]), *get_args(get_args(Attention)[0]))
-    decoder = (ReplaceTokens, Deepstack, *schemes, StaticCache)
+    decoder = (ReplaceTokens, Deepstack, *schemes, StaticCache, CoremlFacts)
     classes: tuple[type[BaseModel], ...] = (*image, TokenGrid, *decoder)
     return frozenset(kind.model_fields["op"].default for kind in classes)
 
