@@ -1,0 +1,1 @@
+"""Questions with answers, from the files and packages that people measure with."""
