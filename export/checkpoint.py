@@ -6,7 +6,6 @@ family looks like inside (`families/`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evals.subjects import checkpoint_sha256
 from evals.torch_session import quiet_transformers
 from runtime.errors import CheckpointError, MissingExtra
-from runtime.files import sha256_file
 
 TASK = "image-text-to-text"
 _OLDER_TASK = "image-to-text"  # what optimum calls some of them; their loader is the same
-_HASHED = ("*.safetensors", "*.json", "*.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -52,9 +50,7 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Hash of the sorted `HASH  NAME` lines of weights, configuration, tokenizer and template."""
-        found = sorted({file for pattern in _HASHED for file in self.path.glob(pattern) if file.is_file()})
-        lines = "".join(f"{sha256_file(file)}  {file.name}\n" for file in found)
-        return hashlib.sha256(lines.encode()).hexdigest()
+        return checkpoint_sha256(self.path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
