@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from distill.inputs.images import ImageSource
+from evals.tasks.images import ImageSource
 from runtime.errors import InputError, TrainingError
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """What a record of each data format says: messages, pictures, the label.
 
-In: a source of the recipe. Out: `Sample`s by position. Not here: files (`inputs/readers.py`), hidden labels
-(`distill/inputs/data.py`).
+In: a source of the recipe. Out: `Sample`s by position. Not here: files
+(`evals/tasks/readers.py`), hidden labels (`distill/inputs/data.py`).
 
     conversations   TRL / Hugging Face: `messages` (or `prompt` and `completion`), `images`, perhaps `answer`
     llava           `conversations` of human and gpt, `<image>` placeholders; every gpt turn is a question
@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from distill.inputs.data import Records, Sample
-from distill.inputs.images import ImageSource, image_source, listed
-from distill.inputs.readers import Store, Tsv, open_store
 from distill.recipe import Source
+from evals.tasks.images import ImageSource, image_source, listed
+from evals.tasks.readers import Store, Tsv, open_store
 from runtime.errors import InputError
 
 PLACEHOLDER = re.compile(r"\s*<image>\s*")

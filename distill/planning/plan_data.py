@@ -18,11 +18,11 @@ from distill import checks
 from distill.checks import Checkpoint
 from distill.inputs.data import Dataset, Sample, SampleError, open_data
 from distill.inputs.encoding import Encoder, Prompt
-from distill.inputs.images import ImageSource
 from distill.masks.masking import maskable
 from distill.planning import symbolic
 from distill.recipe import Recipe, Teacher
 from distill.training.optim import Optimizing, build, parts
+from evals.tasks.images import ImageSource
 from runtime.errors import InputError
 
 FP32 = 4

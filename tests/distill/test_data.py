@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.inputs import data, readers
+from distill.inputs import data
 from distill.inputs.data import Dataset, Sample, SampleError, Skips
 from distill.recipe import Source
+from evals.tasks import readers
 from runtime.errors import InputError, TrainingError
 
 RED, BLUE = (200, 10, 10), (10, 10, 200)

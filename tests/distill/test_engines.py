@@ -16,8 +16,8 @@ from distill.answers.engines import Drawn, HfEngine, OpenAIEngine
 from distill.forward.sampling import Sampling
 from distill.inputs.data import Sample
 from distill.inputs.encoding import Encoder
-from distill.inputs.images import ImageSource
 from evals.client import Choice, Client, ServerError
+from evals.tasks.images import ImageSource
 from runtime.errors import InputError
 from tests.distill.model_server import vllm_answers
 from tests.faults import FaultServer, completion

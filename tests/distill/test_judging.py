@@ -17,10 +17,10 @@ from distill.answers.judging import Rule
 from distill.answers.responses import Reference, Response
 from distill.inputs.data import Sample, SampleError
 from distill.inputs.encoding import Encoder
-from distill.inputs.images import ImageSource
 from evals import judge_audit
 from evals.client import Client, ServerError
 from evals.judge import Judge, Verdict
+from evals.tasks.images import ImageSource
 from tests.evals.test_judge import Grader
 from tests.faults import FaultServer, completion
 

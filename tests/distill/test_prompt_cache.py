@@ -12,8 +12,8 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from distill.inputs.data import Sample
 from distill.inputs.encoding import Encoder, Prompt
-from distill.inputs.images import ImageSource
 from distill.inputs.prompt_cache import CachedEncoder
+from evals.tasks.images import ImageSource
 from runtime.errors import InputError
 
 

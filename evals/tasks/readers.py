@@ -1,7 +1,7 @@
 """Records of data files by position, without holding a file in memory.
 
 In: a JSON, JSONL, TSV or Parquet file, or a directory that `datasets` saved. Out: mappings, one a record, in
-any order. Not here: what a record means (`distill/inputs/formats.py`).
+any order. Not here: what a record means (`distill/inputs/formats.py`, `evals/tasks/`).
 
 Text files are scanned once for the byte offsets of their records (16 bytes a record are kept); tables go
 through Arrow's memory map.
