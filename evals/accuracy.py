@@ -218,18 +218,12 @@ def _paired(reference: AccuracyResult, candidate: AccuracyResult, seed: int) -> 
     if [(p.id, p.question) for p in before] != [(p.id, p.question) for p in after] or not before:
         raise ValueError(f"compare: {len(before)} and {len(after)} predictions are not of the same questions")
     counted = stats.flips(reference.outcomes, candidate.outcomes)
-    groups = [p.image_id for p in before]
-    if counted.right_to_wrong == counted.wrong_to_right == 0:
-        # A bootstrap of no flips has no width; what n images without one exclude does (Wilson, 0 of n).
-        bound = stats.wilson(0, len(set(groups))).high
-        interval = stats.Interval(-bound, bound)
-    else:
-        interval = stats.bootstrap_difference(
-            [float(right) for right in reference.outcomes],
-            [float(right) for right in candidate.outcomes],
-            groups=groups,
-            seed=seed,
-        )
+    interval = stats.paired_interval(
+        [float(right) for right in reference.outcomes],
+        [float(right) for right in candidate.outcomes],
+        groups=[p.image_id for p in before],
+        seed=seed,
+    )
     return {
         "n": counted.n,
         "right_to_wrong": counted.right_to_wrong,

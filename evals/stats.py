@@ -75,6 +75,17 @@ def mcnemar_exact(right_to_wrong: int, wrong_to_right: int) -> float:
     return min(1.0, 2 * tail / 2**pairs)
 
 
+def binomial_tail(least: int, n: int) -> float:
+    """P(X >= least) for n throws of a fair coin: McNemar's exact test in one direction."""
+    if least <= 0:
+        return 1.0
+    if least > n:
+        return 0.0
+    whole = math.lgamma(n + 1) - n * math.log(2)
+    terms = (math.exp(whole - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(least, n + 1))
+    return min(1.0, math.fsum(terms))
+
+
 def flips(reference_right: Sequence[bool], candidate_right: Sequence[bool]) -> Flips:
     """Count flips between two aligned sequences of outcomes. Raises ValueError on unequal lengths."""
     if len(reference_right) != len(candidate_right):
@@ -128,6 +139,21 @@ def bootstrap_difference(
     draws = rng.multinomial(int(counts.sum()), counts / counts.sum(), size=resamples)
     means = (draws @ kinds[:, 0]) / (draws @ kinds[:, 1])
     return _central(means, level)
+
+
+def paired_interval(
+    reference: Sequence[float],
+    candidate: Sequence[float],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """`bootstrap_difference`, except where no pair differs: a bootstrap of nothing has no width, so the bound
+    is what n groups without a flip exclude (Wilson, 0 of n), in both directions."""
+    if len(reference) and list(reference) == list(candidate):
+        bound = wilson(0, len(set(groups)) if groups is not None else len(reference)).high
+        return Interval(-bound, bound)
+    return bootstrap_difference(reference, candidate, groups=groups, seed=seed)
 
 
 def bootstrap_ratio(
