@@ -141,6 +141,7 @@ def check_quantized(
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.save(twin.model, path, beside=True)
             del twin
+            storage.release()
         shutil.copyfile(staged / draft.tokenizer.file.path, Path(folder) / draft.tokenizer.file.path)
         checkpoint = Checkpoint(reference.path, reference.model, reference.processor)
         check_prompts(checkpoint, staged, draft, geometry or draft.image)
@@ -284,10 +285,10 @@ def _check_batch(session: Session, staged: Path, draft: Manifest, cases: Sequenc
     rows = gate_batch.rows_of(session, cases)
     if len(rows) < 2:
         return {}
-    ops = {node.op_type for node in _read_part(staged, draft.part("decoder").path).graph}
+    ops = {node.op_type for node in ir.load(staged / draft.part("decoder").path).graph}
     kinds = {"DynamicQuantizeLinear": BATCH_SHARED, "MatMulNBits": BATCH_BLOCKS}
     limit = next((limit for op, limit in kinds.items() if op in ops), BATCH_EXACT)
-    decoder = gate_batch.BatchDecoder(staged, draft)
+    decoder = gate_batch.BatchDecoder(session)
     alone, together = _run(lambda: gate_batch.compare_rows(decoder, rows, cases[0].forced[:BATCH_STEPS]))
     found = {limit: rms_error(alone, together)}
     hold({limit.figure: found[limit]}, [limit], "batch", "rows alone")

@@ -1,6 +1,6 @@
 """Rows of a batch must get what each of them gets alone.
 
-In: the embedding and decoder parts just written, by their manifest, and prompts with their image features.
+In: a session over the parts just written, and prompts with their image features.
 Out: logits of each row alone and of all rows together. Not here: what difference is allowed (`gate.py`).
 
 Rows differ in length and picture; the shorter ones are padded on the right, in the prefill (an empty past)
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from evals.parity import ParityCase
 from runtime.image import ImageFeatures, join_features
-from runtime.manifest import ImageAttention, Manifest, StateTensor
+from runtime.manifest import ImageAttention, StateTensor
+from runtime.onnx_session import OnnxBackend
 from runtime.session import Session
 
 ROWS = 3
@@ -55,17 +55,13 @@ def _row(session: Session, question: str, case: ParityCase) -> Row:
 
 
 class BatchDecoder:
-    """The embedding and the decoder of a bundle, for any number of rows."""
+    """The embedding and the decoder of an open session, for any number of rows."""
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        import onnxruntime
-
-        def open_part(role: str) -> Any:
-            path = directory / manifest.part(role).path
-            return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
+    def __init__(self, session: Session) -> None:
+        backend, manifest = session.backend, session.manifest
+        assert isinstance(backend, OnnxBackend)
         self._manifest = manifest
-        self._embed, self._decoder = open_part("embed_tokens"), open_part("decoder")
+        self._embed, self._decoder = backend.parts["embed_tokens"], backend.parts["decoder"]
         self._inputs = {spec.name: spec for spec in manifest.part("decoder").inputs}
 
     def run(self, rows: Sequence[Row], forced_t: Sequence[int]) -> NDArray[np.float32]:

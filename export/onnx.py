@@ -140,6 +140,7 @@ def write_bundles(facts: Facts, targets: Mapping[str, Path], names: Mapping[str,
             plain = Path(scratch) / "fp32"
             write_files(facts, plain, facts.graphs, beside=True)
             _check_float(facts, plain, draft_manifest(facts, plain, "fp32", "fp32"))
+            storage.release()
         order = sorted(targets, key=lambda precision: precision != "fp32")
         for precision in order:
             with target.staging(targets[precision]) as staged:
@@ -236,13 +237,17 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     floats = {role: facts.graphs[role] for role in ROLES}
     if policy.prefill:  # before the decoder, whose inputs and outputs are the contract's
         floats = {**floats, "decoder_prefill": facts.graphs["decoder"], "decoder": floats.pop("decoder")}
-    graphs = {role: quantize(model, role, policy.rules, calibration) for role, model in floats.items()}
+    graphs = {}
+    for role, model in floats.items():
+        graphs[role] = quantize(model, role, policy.rules, calibration)
+        storage.release()
     twice = [
         f"{parts} store {count} bytes twice: one matrix in two orders"
         for parts, count in storage.shared_bytes(graphs).items()
     ]
     write_files(facts, staged, graphs)
     del graphs  # the gate needs the memory
+    storage.release()
     draft = draft_manifest(facts, staged, precision, name)
     draft = draft.model_copy(update={"notes": (*draft.notes, *twice)})
     layout.write_config(staged, draft.parts)

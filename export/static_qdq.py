@@ -108,7 +108,7 @@ def record(session: Session, cases: Sequence[ParityCase]) -> dict[str, Feeds]:
 
     The beginning of every prompt then goes through the graph of one token as well.
     """
-    backend = session._backend
+    backend = session.backend
     assert isinstance(backend, StaticBackend)
     found: dict[str, Feeds] = {part.role: [] for part in session.manifest.parts}
     run, context = backend.run, session.manifest.limits.context
@@ -140,7 +140,7 @@ def record(session: Session, cases: Sequence[ParityCase]) -> dict[str, Feeds]:
 
 def _replay(session: Session, ids: NDArray[np.int64], features: Sequence[ImageFeatures]) -> None:
     """The prompt's ids one by one, each image token with its own feature."""
-    backend = session._backend
+    backend = session.backend
     assert isinstance(backend, StaticBackend)
     joined = join_features(features) if features else None
     grids = [grid for each in features for grid in each.grids]

@@ -27,17 +27,20 @@ TokenIds = NDArray[np.int64]
 
 
 class OnnxBackend:
-    """The parts of a bundle in onnxruntime, and the state of one sequence of at most `context` tokens."""
+    """The parts of a bundle in onnxruntime, and the state of one sequence of at most `context` tokens.
+
+    `parts`: onnxruntime's sessions by role.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest, settings: RunSettings, context: int) -> None:
         opener = PartOpener(settings)
         step_inputs(manifest)  # refused before the parts are loaded
         self._ort, self._manifest, self._context = opener.ort, manifest, context
-        runs: dict[str, Any] = {part.role: opener.open(directory, part) for part in manifest.parts}
-        self._vision, self._embed = runs.pop("vision_encoder"), runs.pop("embed_tokens")
-        self._runs, self._device = runs, opener.device(runs["decoder"])
+        self.parts: dict[str, Any] = {part.role: opener.open(directory, part) for part in manifest.parts}
+        self._vision, self._embed = self.parts["vision_encoder"], self.parts["embed_tokens"]
+        self._device = opener.device(self.parts["decoder"])
         self.providers: tuple[ProviderReport, ...] = opener.reports()
-        self._decoder = Decoder(self._ort, self._runs, manifest, 1, context, self._device)
+        self._decoder = Decoder(self._ort, self.parts, manifest, 1, context, self._device)
         self._token = SingleTokens(self._ort, self._embed, manifest, self._decoder)
         self.rewindable = self._decoder.rewindable
 
@@ -81,12 +84,12 @@ class OnnxBackend:
 
     def rows(self, rows: int, capacity: int) -> Rows:
         """A state of its own for so many sequences side by side."""
-        decoder = Decoder(self._ort, self._runs, self._manifest, rows, capacity, self._device)
+        decoder = Decoder(self._ort, self.parts, self._manifest, rows, capacity, self._device)
         return Rows(self._ort, self._embed, self._manifest, decoder)
 
     def close(self) -> None:
         """Free the models and the state."""
-        del self._vision, self._embed, self._decoder, self._token, self._runs
+        del self._vision, self._embed, self._decoder, self._token, self.parts
 
 
 class SingleTokens:

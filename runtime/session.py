@@ -110,6 +110,11 @@ class Session(Answering):
         return self.manifest.tokenizer.stop_ids
 
     @property
+    def backend(self) -> Backend:
+        """What runs the parts, for evaluation that looks inside. Raises InputError on a closed session."""
+        return self._open()
+
+    @property
     def providers(self) -> tuple[ProviderReport, ...]:
         """What became of each execution provider that was asked for."""
         return self._open().providers
