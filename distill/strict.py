@@ -1,22 +1,27 @@
-"""YAML read strictly into frozen models: unknown keys, wrong values and changed settings, said in one line.
+"""Recipes read strictly: settings laid on top, directories claimed, changed settings said in one line.
 
-In: a YAML file, overrides `key.path=value`, a pydantic model. Out: an instance, or an error that names file,
-key path and the nearest right key. Not here: what the keys mean.
+In: YAML as plain values, overrides `key.path=value`. Out: values with them, or an error that names the key.
+Not here: reading YAML and checking it against a model (`evals/strict.py`); what the keys mean.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from evals.strict import Loader, Strict, load_yaml, validate
 from runtime import files
 from runtime.errors import InputError, StateError
+
+__all__ = [
+    "CLAIM", "Count", "Positive", "Rate", "Share", "Strict", "claim", "differences", "known", "load_yaml",
+    "matches", "override", "validate", "without",
+]  # fmt: skip
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -25,48 +30,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 CLAIM = "recipe.json"
 
 
-class Strict(BaseModel):
-    """Base of every section of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-M = TypeVar("M", bound=Strict)
-
-
-# --- reading ----------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-6` is a number, as in YAML 1.2, and a key may stand only once in a mapping."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises InputError when it cannot be read or is none."""
-    try:
-        raw = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: wanted a mapping of recipe keys, got {type(raw).__name__}")
-    return raw
+# --- settings on top --------------------------------------------------
 
 
 def override(raw: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -81,7 +45,7 @@ def override(raw: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(keys):
             raise InputError(f"--set {setting}: wanted key.path=value, for example train.lr=1e-6")
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise InputError(
                 f"--set {setting}: the value is no YAML ({' '.join(str(error).split())})"
@@ -101,83 +65,6 @@ def _laid(raw: Any, keys: Sequence[str], value: Any, setting: str) -> Any:
     if raw is not None and not isinstance(raw, Mapping):
         raise InputError(f"--set {setting}: there is no {key} in {raw!r}; set the whole key instead")
     return {**(raw or {}), key: _laid((raw or {}).get(key), rest, value, setting)}
-
-
-def validate(model: type[M], raw: Mapping[str, Any], where: object) -> M:
-    """An instance of `model`. Raises InputError that starts with `where` and tells the first fault."""
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise InputError(f"{where}: {explain(error, model, raw)}") from error
-
-
-# --- errors -----------------------------------------------------------
-
-
-def explain(error: ValidationError, model: type[BaseModel], raw: Any) -> str:
-    """The first fault in one line, with the nearest right key for an unknown one."""
-    faults = error.errors(include_url=False)
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    place = _place(fault["loc"], raw, missing=fault["type"] == "missing")
-    where = ".".join(map(str, place)) or "the recipe"
-    if fault["type"] == "missing":
-        return f"{where}: this key is missing"
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(place[-1]), place[:-1], model)}"
-    if fault["type"] == "value_error":
-        text = str(fault["ctx"]["error"])
-        return f"{where}: {text}" if place and not text.startswith(where) else text
-    same = [f for f in faults if _place(f["loc"], raw) == place]
-    said = " or ".join(dict.fromkeys(f["msg"].removeprefix("Input should be ") for f in same))
-    return f"{where}: wanted {said}, got {fault['input']!r}"
-
-
-def _place(loc: Sequence[int | str], raw: Any, *, missing: bool = False) -> tuple[int | str, ...]:
-    """The keys of a fault's location that are in the data: pydantic adds the names of union branches."""
-    found: list[int | str] = []
-    for key in loc:
-        inside = key in raw if isinstance(raw, Mapping) else isinstance(raw, list) and isinstance(key, int)
-        if inside:
-            raw = raw[key]
-            found.append(key)
-    return (*found, loc[-1]) if missing else tuple(found)
-
-
-def _nearest(key: str, place: Sequence[int | str], model: type[BaseModel]) -> str:
-    here = [name for each in _models_at(model, place) for name in each.model_fields]
-    every = {path.rsplit(".", 1)[-1]: path for path in sorted(_paths(model), reverse=True)}
-    if key in every:
-        return f"; did you mean {every[key]}?"
-    if near := difflib.get_close_matches(key, here, n=1):
-        return f"; did you mean {near[0]}?"
-    if near := difflib.get_close_matches(key, every, n=1, cutoff=0.75):
-        return f"; did you mean {every[near[0]]}?"
-    return f"; known here: {', '.join(here)}" if here else "; remove it"
-
-
-def _models_at(model: type[BaseModel], place: Sequence[int | str]) -> list[type[BaseModel]]:
-    found = [model]
-    for key in place:
-        if isinstance(key, int):
-            continue
-        fields = [each.model_fields[key] for each in found if key in each.model_fields]
-        found = [inner for field in fields for inner in _models_in(field.annotation)]
-    return found
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation such as `list[A | B] | None` holds."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
-
-
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        for inner in _models_in(field.annotation):
-            yield from _paths(inner, f"{prefix}{name}.")
 
 
 # --- one recipe, one directory ----------------------------------------
