@@ -27,7 +27,7 @@ from export.targets import MASKED
 from runtime.errors import CheckpointError, InputError
 from runtime.image import prepare
 from runtime.image_limits import bounded
-from runtime.image_spec import GridTiles, ImageSpec, PatchifyPadded, ResizeExact, SmartResize
+from runtime.image_spec import GridTiles, ImageSpec, ResizeExact, SmartResize
 from runtime.manifest import StateTensor
 
 ROLES = ("vision_encoder", "embed_tokens", "decoder_prefill", "decoder")
@@ -50,8 +50,6 @@ def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     the most that the section allows) leaves room for; the aspect of a picture is not kept. Raises InputError.
     """
     *before, last, normalise, layout = spec.operations
-    if isinstance(layout, PatchifyPadded):
-        raise InputError("portable-static: padded patches have no fixed grid here; use the flavour ort-fused")
     if isinstance(last, GridTiles) and isinstance(last.whole, SmartResize):
         raise InputError(
             "portable-static: tiles and a whole view of any size differ in shape; add --no-split"

@@ -190,6 +190,18 @@ def _norm_weight(norm: Any) -> torch.Tensor:
 
 
 @contextlib.contextmanager
+def normed(model: nn.Module) -> Iterator[None]:
+    """Every RMSNorm of `model` is one that float16 does not overflow, inside this block only."""
+    with contextlib.ExitStack() as undo:
+        for norm in [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]:
+            norm.register_buffer("static_weight", _norm_weight(norm), persistent=False)
+            undo.callback(norm._buffers.pop, "static_weight", None)
+            norm.forward = _rms_norm.__get__(norm)
+            undo.callback(norm.__dict__.pop, "forward", None)
+        yield
+
+
+@contextlib.contextmanager
 def _traceable(text: Any, trace: _Trace) -> Iterator[None]:
     """Attention, RMSNorm and rotary angles of `text` are the static ones inside this block only."""
     before = text.config._attn_implementation
@@ -200,11 +212,7 @@ def _traceable(text: Any, trace: _Trace) -> Iterator[None]:
         undo.callback(AttentionMaskInterface._global_mapping.pop, _KEY, None)
         text.config._attn_implementation = _KEY
         undo.callback(setattr, text.config, "_attn_implementation", before)
-        for norm in [m for m in text.modules() if type(m).__name__.endswith("RMSNorm")]:
-            norm.register_buffer("static_weight", _norm_weight(norm), persistent=False)
-            undo.callback(norm._buffers.pop, "static_weight", None)
-            norm.forward = _rms_norm.__get__(norm)
-            undo.callback(norm.__dict__.pop, "forward", None)
+        undo.enter_context(normed(text))
         text.rotary_emb.forward = lambda *_, **__: trace.rope
         undo.callback(text.rotary_emb.__dict__.pop, "forward", None)
         yield
