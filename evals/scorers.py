@@ -108,7 +108,7 @@ def relaxed(
     if is_worthless(response):
         return 0.0
     given = response.strip()
-    return float(any(_relaxed_equal(given, one.strip(), tolerance) for one in answers))
+    return float(any(relaxed_equal(given, one.strip(), tolerance) for one in answers))
 
 
 def choice(response: str, reference: Reference, choices: Sequence[str] = ()) -> float:
@@ -221,16 +221,22 @@ def _similarity(first: str, second: str) -> float:
     longest = max(len(first), len(second))
     if abs(len(first) - len(second)) * 2 > longest:
         return 0.0
+    return 1 - edit_distance(first, second) / longest
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance in characters."""
     previous = list(range(len(second) + 1))
     for i, char in enumerate(first, 1):
         row = [i]
         for j, other in enumerate(second, 1):
             row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (char != other)))
         previous = row
-    return 1 - previous[-1] / longest
+    return previous[-1]
 
 
-def _relaxed_equal(given: str, wanted: str, tolerance: float) -> bool:
+def relaxed_equal(given: str, wanted: str, tolerance: float = 0.05) -> bool:
+    """Whether two texts are numbers within `tolerance` of the second, or equal but for case."""
     number, target = _share(given), _share(wanted)
     if number is None or not target:
         return given.lower() == wanted.lower()
@@ -268,7 +274,7 @@ we'd've we've weren't what'll what're what's what've when's where'd where's wher
 who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've
 you'll you're you've
 """
-_CONTRACTIONS = {
+CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in _CONTRACTED.split()
     for place, char in enumerate(word)
@@ -286,4 +292,4 @@ def _vqa_normal(text: str) -> str:
         plain = plain.replace(mark, "" if glued or touches else " ")
     plain = re.sub(r"\.(?!\d)", "", plain)
     kept = [_VQA_NUMBERS.get(word, word) for word in plain.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in kept if word not in _ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in kept if word not in _ARTICLES)

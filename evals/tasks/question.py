@@ -1,7 +1,7 @@
 """A task's questions: the contract between what reads them, what changes them and what asks them.
 
-In: plain values. Out: `Question` and `Task`, frozen. Not here: files (`tsv.py`, `jsonl.py`, `builtin.py`),
-scores (`evals/tasks/scoring.py`), asking (`evals/eval_run.py`).
+In: plain values. Out: `Question` and `Task`, frozen. Not here: files (`formats.py`, `catalogue.py`), scores
+(`scoring.py`), variants (`evals/variants.py`), asking (`evals/eval_run.py`).
 
 A question has all it needs to be asked and scored, so that a variant is a function from questions to
 questions: `dataclasses.replace(question, prompt=...)` or `images=...`.
@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
-from collections.abc import Sequence
+import string
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-Picture = Path | bytes | Image.Image
-"""A file, a file's bytes (as a TSV's base64 has them), or pixels made in memory."""
+from evals.tasks.images import ImageSource
+
+Picture = Path | bytes | Image.Image | ImageSource | Callable[[], bytes]
+"""A file, a file's bytes, pixels made in memory, a source, or what reads a file's bytes when they are needed
+(a data set's pictures are never all in memory)."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Question:
 
     `prompt` is the text that is asked, with options and instructions; `question` the bare one. Questions
     with the same `unit` count together (circular evaluation), those of a `group` share their image.
-    `reference` is the data's own answer text; `references` the accepted ones. `row` keeps the data's other
-    fields for the scorer and for files in a harness's layout.
+    `references` are the accepted answers; `letters` name the options (a TSV may leave one out). `row` keeps the data's other fields for the scorer and for files in
+    a harness's layout.
     """
 
     id: str
@@ -41,9 +44,10 @@ class Question:
     images: tuple[Picture, ...]
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
+    letters: str = string.ascii_uppercase
     unit: str = ""
     category: str = ""
-    row: dict[str, Any] = field(default_factory=dict, compare=False)
+    row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.unit:
@@ -54,8 +58,8 @@ class Question:
 class Task:
     """Questions of one split, and how they are scored.
 
-    `scorer` is a name of `evals/tasks/scoring.py`; `rules` says whose; `prompt` whose wording.
-    `available` counts the split's questions before a limit.
+    `scorer` is a name of `evals/tasks/scoring.py`; `prompt` says whose wording. `available` counts the
+    questions of the split before a limit.
     """
 
     name: str
@@ -64,12 +68,10 @@ class Task:
     source: str
     questions: tuple[Question, ...]
     scorer: str
-    rules: str = "pocketvlm"
     prompt: str = "raw"
     max_new_tokens: int = 32
     circular: bool = False
     available: int = 0
-    system: str = ""
 
     def __post_init__(self) -> None:
         if not self.available:
@@ -88,39 +90,41 @@ class Task:
         digest = hashlib.sha256()
         for one in self.questions:
             told = [one.id, one.unit, one.question, one.prompt, one.options, one.references]
-            digest.update(json.dumps(told, ensure_ascii=False).encode())
-            for picture in one.images:
-                digest.update(picture_sha256(picture).encode())
+            digest.update(json.dumps([*told, *image_hashes(one)], ensure_ascii=False).encode())
         return digest.hexdigest()
 
 
-def picture_bytes(picture: Picture) -> bytes:
-    """A file's bytes; of pixels made in memory, those of a PNG without compression choices that vary."""
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, Path):
-        return picture.read_bytes()
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+def given(picture: Picture) -> Path | bytes | Image.Image:
+    """The picture as a session takes it. Raises InputError when it cannot be read."""
+    if isinstance(picture, ImageSource):
+        return picture.bytes()
+    return picture() if callable(picture) else picture
+
+
+def opened(picture: Picture) -> Image.Image:
+    """Decoded, upright, RGB. Raises InputError."""
+    found = given(picture)
+    if isinstance(found, Image.Image):
+        return found.convert("RGB")
+    return (ImageSource(path=found) if isinstance(found, Path) else ImageSource(data=found)).open()
 
 
 def picture_sha256(picture: Picture) -> str:
-    """SHA-256 of a picture's bytes; of pixels in memory, over mode, size and pixels."""
-    if isinstance(picture, Image.Image):
-        return hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
-    return _file_sha256(picture) if isinstance(picture, Path) else hashlib.sha256(picture).hexdigest()
+    """SHA-256 of a picture's file; of pixels in memory, over mode, size and pixels."""
+    found = given(picture)
+    if isinstance(found, Image.Image):
+        return hashlib.sha256(f"{found.mode}{found.size}".encode() + found.tobytes()).hexdigest()
+    return ImageSource(path=found).sha256 if isinstance(found, Path) else hashlib.sha256(found).hexdigest()
+
+
+def image_hashes(question: Question) -> list[str]:
+    """Of all its pictures; those of one file are read once."""
+    return [
+        _file_sha256(picture) if isinstance(picture, Path) else picture_sha256(picture)
+        for picture in question.images
+    ]
 
 
 @functools.lru_cache(maxsize=65536)
 def _file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def check(questions: Sequence[Question]) -> None:
-    """Raises ValueError when an id is there twice."""
-    seen: set[str] = set()
-    for one in questions:
-        if one.id in seen:
-            raise ValueError(f"question {one.id!r} is there twice")
-        seen.add(one.id)
+    return ImageSource(path=path).sha256
