@@ -42,13 +42,13 @@ from distill.masks import teachers
 from distill.masks.teachers import ALL_TEACHERS, Gated, Phase
 from distill.models import Models
 from distill.recipe import Recipe
-from distill.stage_bar import StageBar
 from distill.training import checkpoints, loop, processes
 from distill.training.batches import Question
 from distill.training.learner import Learner
 from distill.training.optim import Optimizing
 from distill.training.parts import Context, FrozenModel
 from distill.training.steps import PoolSteps
+from evals.stage_bar import StageBar
 from runtime import files
 
 STUDENT, METRICS, WORK = "student", "metrics.json", "work"

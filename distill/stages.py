@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from distill import stage_bar
 from distill.jobs import Job, Tick, Workers, resident_mib
+from evals import stage_bar
 from runtime.files import Ledger
 
 SHOWN = ("loss", "divergence", "r_acc")

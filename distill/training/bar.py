@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import TimeRemainingColumn
 
-from distill.stage_bar import LOG_SECONDS, progress
 from distill.training.warnings import Sign
+from evals.stage_bar import LOG_SECONDS, progress
 
 SHOWN = ("loss", "divergence", "r_acc", "validation")
 

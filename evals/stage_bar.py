@@ -1,7 +1,7 @@
 """Progress of long work: the bar that every command shows, and one for a single long stage.
 
 In: how far a stage is. Out: a rich console, usually on stderr; without a terminal, a line now and then.
-Not here: training's rates (training/bar.py).
+Not here: the rates of training (`distill/training/bar.py`).
 """
 
 from __future__ import annotations
