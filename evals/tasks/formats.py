@@ -32,8 +32,8 @@ CIRCLE = 1_000_000
 """Rows whose indices differ by multiples of this are one question with its options in another order."""
 _ABSENT = frozenset(
     (
-        "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
-        "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+        "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+        "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
     )
 )  # fmt: skip
 """What pandas reads as no value. VLMEvalKit reads its TSVs so, and an option `None` is no option there."""

@@ -33,8 +33,8 @@ class Question:
 
     `prompt` is the text that is asked, with options and instructions; `question` the bare one. Questions
     with the same `unit` count together (circular evaluation), those of a `group` share their image.
-    `references` are the accepted answers; `letters` name the options (a TSV may leave one out). `row` keeps the data's other fields for the scorer and for files in
-    a harness's layout.
+    `references` are the accepted answers; `letters` name the options (a TSV may leave one out). `row` keeps
+    the data's other fields for the scorer and for files in a harness's layout.
     """
 
     id: str
