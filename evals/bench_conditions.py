@@ -34,7 +34,9 @@ class CoreCluster(Record):
     cpus: Annotated[tuple[Count, ...], Field(min_length=1)]
     min_mhz: Amount | None = None
     max_mhz: Amount | None = None
-    governor: str | None = Field(None, description="frequency governor, such as performance or schedutil")
+    governor: str | None = Field(
+        default=None, description="frequency governor, such as performance or schedutil"
+    )
 
 
 class Temperature(Record):
@@ -51,7 +53,7 @@ class DeviceSheet(Record):
 
     name: Annotated[str, Field(min_length=1)]
     kind: Kind = "unknown"
-    model: str | None = Field(None, description="product name of the board, phone or computer")
+    model: str | None = Field(default=None, description="product name of the board, phone or computer")
     cpu: str
     architecture: str = Field(description="aarch64, x86_64, arm64, wasm32, ...")
     cores: Annotated[int, Field(ge=1)]
@@ -59,22 +61,28 @@ class DeviceSheet(Record):
     quota_cpus: Positive | None = None
     clusters: tuple[CoreCluster, ...] = ()
     features: tuple[str, ...] = ()
-    last_cache_bytes: Count | None = Field(None, description="last-level cache, all of it")
+    last_cache_bytes: Count | None = Field(default=None, description="last-level cache, all of it")
     memory_mib: Amount | None = None
     swap_mib: Amount | None = None
-    accelerators: tuple[str, ...] = Field((), description="GPUs and NPUs that the system names")
+    accelerators: tuple[str, ...] = Field(default=(), description="GPUs and NPUs that the system names")
     os: str
     kernel: str | None = None
-    virtual_machine: str | None = Field(None, description="hypervisor; null: none seen")
-    container: str | None = Field(None, description="container engine; null: none seen")
+    virtual_machine: str | None = Field(default=None, description="hypervisor; null: none seen")
+    container: str | None = Field(default=None, description="container engine; null: none seen")
     governor: str | None = None
-    boost: bool | None = Field(None, description="whether the processor may exceed its base frequency")
-    power_mode: str | None = Field(None, description="nvpmodel mode, low power mode, platform profile")
+    boost: bool | None = Field(
+        default=None, description="whether the processor may exceed its base frequency"
+    )
+    power_mode: str | None = Field(
+        default=None, description="nvpmodel mode, low power mode, platform profile"
+    )
     power_source: Literal["mains", "battery"] | None = None
     battery_share: Share | None = None
     temperatures: tuple[Temperature, ...] = ()
     thermal_state: Literal["nominal", "fair", "serious", "critical"] | None = None
-    language: str | None = Field(None, description="language runtime and its version, such as CPython 3.11.9")
+    language: str | None = Field(
+        default=None, description="language runtime and its version, such as CPython 3.11.9"
+    )
     packages: dict[str, str] = Field(
         default_factory=dict, description="versions of runtimes and libraries that did the work"
     )
@@ -110,7 +118,7 @@ class Energy(Record):
     """
 
     source: EnergySource | None = None
-    why_not: str | None = Field(None, description="why nothing was measured; null when it was")
+    why_not: str | None = Field(default=None, description="why nothing was measured; null when it was")
     scope: str | None = None
     seconds: Positive | None = None
     joule: Amount | None = None
@@ -119,8 +127,12 @@ class Energy(Record):
     answers: Annotated[int, Field(ge=1)] | None = None
     tokens_per_answer: Count | None = None
     joule_per_answer: Amount | None = None
-    net_joule_per_answer: Amount | None = Field(None, description="null: no idle power, or less than it")
-    millijoule_per_token: Amount | None = Field(None, description="from decoding alone, idle included")
+    net_joule_per_answer: Amount | None = Field(
+        default=None, description="null: no idle power, or less than it"
+    )
+    millijoule_per_token: Amount | None = Field(
+        default=None, description="from decoding alone, idle included"
+    )
     note: str | None = None
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -22,16 +22,16 @@ from evals.records import Amount, Count, Record
 from runtime import files
 from runtime.errors import InputError
 
-SCHEMA = "pocketvlm.bench@1"
+SCHEMA: Final = "pocketvlm.bench@1"
 Origin = Literal["local", "ssh", "adb", "swift", "browser", "evaluator"]
 Text = Annotated[str, Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Spread(Record):
-    """Of `n` values in the field's unit. low, high: 95 % interval of p50 (rounds resampled, then repeats).
+    """Of `n` values in the field's unit. low, high: 95 % interval of p50 from how the processes differ.
 
-    p90 is null below 10 values and p99 below 100: fewer say nothing about them.
+    It is null with one process. p90 is null below 10 values and p99 below 100: fewer say nothing about them.
     """
 
     n: Annotated[int, Field(ge=1)]
@@ -64,11 +64,11 @@ class Summary(Record):
     ttft_ms: Spread | None = None
     decode_ms: Spread | None = None
     end_to_end_ms: Spread | None = None
-    prefill_tok_s: Amount | None = Field(None, description="prompt tokens over the median prefill")
-    decode_tok_s: Amount | None = Field(None, description="1 over the median decode_ms")
+    prefill_tok_s: Amount | None = Field(default=None, description="prompt tokens over the median prefill")
+    decode_tok_s: Amount | None = Field(default=None, description="1 over the median decode_ms")
     decode_by_position: tuple[Position, ...] = ()
-    load_peak_rss_mib: Amount | None = Field(None, description="largest of the rounds")
-    peak_rss_mib: Amount | None = Field(None, description="largest of the rounds")
+    load_peak_rss_mib: Amount | None = Field(default=None, description="largest of the rounds")
+    peak_rss_mib: Amount | None = Field(default=None, description="largest of the rounds")
 
 
 class Memory(Record):
@@ -81,12 +81,14 @@ class Memory(Record):
     meter: Text
     base_rss_mib: Amount | None = None
     load_peak_rss_mib: Amount | None = None
-    loaded_rss_mib: Amount | None = Field(None, description="after opening, before the first answer")
+    loaded_rss_mib: Amount | None = Field(default=None, description="after opening, before the first answer")
     run_peak_rss_mib: Amount | None = None
     peak_rss_mib: Amount | None = None
-    anonymous_mib: Amount | None = Field(None, description="of loaded_rss: memory that no file backs")
+    anonymous_mib: Amount | None = Field(default=None, description="of loaded_rss: memory that no file backs")
     mapped_mib: Amount | None = None
-    accelerator_mib: Amount | None = Field(None, description="memory of a GPU or NPU, apart from the CPU's")
+    accelerator_mib: Amount | None = Field(
+        default=None, description="memory of a GPU or NPU, apart from the CPU's"
+    )
 
 
 class Load(Record):
@@ -122,14 +124,14 @@ class Run(Record):
 
     round: Count
     order: Count
-    started: str | None = Field(None, description="ISO 8601, UTC")
+    started: str | None = Field(default=None, description="ISO 8601, UTC")
     fresh_process: bool = True
     load: Load = Load()
     times: Times
     memory: Memory | None = None
     disturbance: Disturbance | None = None
     harness_share: Amount | None = Field(
-        None, description="time that the timing itself took, over the time it measured"
+        default=None, description="time that the timing itself took, over the time it measured"
     )
 
 
@@ -139,7 +141,7 @@ class Window(Record):
     start_s: Amount
     end_s: Amount
     answers: Count
-    end_to_end_ms: Amount | None = Field(None, description="median of the stretch")
+    end_to_end_ms: Amount | None = Field(default=None, description="median of the stretch")
     decode_tok_s: Amount | None = None
     mhz: Amount | None = None
     celsius: float | None = None
@@ -148,7 +150,7 @@ class Window(Record):
 
 
 class Sustained(Record):
-    """The same question again and again. answer_at_s, answer_ms: end and length of each answer.
+    """The same question over and over. answer_at_s, answer_ms: end and length of every kept_every-th answer.
 
     ratio: last quarter's median over the first quarter's, with a 95 % interval; throttled: the interval is
     above 1.05, or the processor counted throttling; null when the run was too short to tell.
@@ -157,6 +159,8 @@ class Sustained(Record):
     asked_s: Amount
     measured_s: Amount
     tokens_per_answer: Count
+    answers: Count
+    kept_every: Annotated[int, Field(ge=1)] = 1
     answer_at_s: tuple[Amount, ...]
     answer_ms: tuple[Amount, ...]
     windows: tuple[Window, ...] = ()
@@ -197,7 +201,7 @@ class PointResult(Record):
     image_tokens: Count
     decode_tokens: Count
     runs: Annotated[tuple[Run, ...], Field(min_length=1)]
-    summary: Summary | None = Field(None, description="null: the reader computes it from the runs")
+    summary: Summary | None = Field(default=None, description="null: the reader computes it from the runs")
     energy: Energy | None = None
     roofline: Roofline | None = None
     sustained: Sustained | None = None
@@ -206,9 +210,11 @@ class PointResult(Record):
 class BundlePart(Record):
     role: Text
     bytes: Count
-    bits: Amount | None = Field(None, description="mean bits per weight as stored, without scales")
-    unit: str | None = Field(None, description="provider or compute unit that ran it")
-    unit_note: str | None = Field(None, description="why not the preferred one; share of its operations")
+    bits: Amount | None = Field(default=None, description="mean bits per weight as stored, without scales")
+    unit: str | None = Field(default=None, description="provider or compute unit that ran it")
+    unit_note: str | None = Field(
+        default=None, description="why not the preferred one; share of its operations"
+    )
 
 
 class Ceiling(Record):
@@ -230,7 +236,7 @@ class BundleResult(Record):
 
     name: Text
     sha256: Sha256 | None = None
-    source_sha256: Sha256 | None = Field(None, description="of the checkpoint it was made from")
+    source_sha256: Sha256 | None = Field(default=None, description="of the checkpoint it was made from")
     format: Literal["onnx", "gguf", "coreml"]
     precision: str
     target: str | None = None
@@ -248,12 +254,16 @@ class GridPoint(Record):
     """A picture and a question. The picture was made or scaled to width x height where `scaled`."""
 
     id: Text
-    image: str | None = Field(None, description="file name; null: no picture")
+    image: str | None = Field(default=None, description="file name; null: no picture")
     width: Count | None = None
     height: Count | None = None
     image_sha256: Sha256 | None = None
     scaled: bool = False
     question: str
+    question_tokens: Count | None = Field(
+        default=None,
+        description="tokens of the question that were asked for, by the first bundle's tokenizer",
+    )
 
 
 class Policy(Record):
@@ -268,15 +278,18 @@ class Policy(Record):
 
 
 class BenchRatio(Record):
-    """Medians, candidate over reference, with a 95 % interval; rounds are resampled in pairs."""
+    """Medians, candidate over reference, by pairs of processes of one round (geometric mean over rounds).
+
+    low, high: 95 % interval, Student's t over rounds; null with one round.
+    """
 
     point: Text
     metric: Text
     reference: Text
     candidate: Text
     ratio: Amount
-    low: Amount
-    high: Amount
+    low: Amount | None = None
+    high: Amount | None = None
 
 
 class Tool(Record):

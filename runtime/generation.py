@@ -39,6 +39,9 @@ class GenerationOptions(BaseModel):
         default=(), description="the answer ends before the first of these texts (special tokens are no text)"
     )
     seed: int = Field(default=0, ge=0)
+    ignore_stop: bool = Field(
+        default=False, description="ids that end an answer do not: every answer is as long, to measure by"
+    )
 
 
 class Sampler:
@@ -189,7 +192,7 @@ class Writer:
         self.tokens: list[int] = []
         self.reason: FinishReason | None = None
         self._most = options.max_new_tokens
-        self._stop_ids = frozenset(stop_ids)
+        self._stop_ids = frozenset(() if options.ignore_stop else stop_ids)
         self._sampler = Sampler(options, prompt_ids)
         self._detokenizer, self._filter = Detokenizer(tokenizer), StopStrings(options.stop)
         self._pieces: list[str] = []
