@@ -213,13 +213,16 @@ KINDS: dict[str, Callable[[Digits, np.random.Generator], Asked]] = {
 # Pictures
 
 
-def picture(split: str, index: int) -> npt.NDArray[np.uint8]:
-    """(64, 64) grey values: dark digits of their own size, place and ink on light, slightly grainy paper."""
+def picture(split: str, index: int, sizes: tuple[int, int] = GLYPH_SIZES) -> npt.NDArray[np.uint8]:
+    """(64, 64) grey values: dark digits of their own size, place and ink on light, slightly grainy paper.
+
+    `sizes`: the smallest and the largest digit, in pixels; others than the task's own make a variant.
+    """
     draw = _generator(split, 3, index)
     paper = float(draw.uniform(205, 250))
     canvas = np.full((PICTURE, PICTURE), paper)
     for place, glyph in enumerate(scenes(split)[index]):
-        size = int(draw.integers(GLYPH_SIZES[0], GLYPH_SIZES[1] + 1))
+        size = int(draw.integers(sizes[0], sizes[1] + 1))
         down, right = draw.integers(0, CELL - size + 1, 2).tolist()
         ink = float(draw.uniform(0, 90))
         if glyph >= 0:

@@ -206,11 +206,11 @@ class _Differences:
 
 def kl_rows(reference_tv: NDArray[Any], candidate_tv: NDArray[Any]) -> NDArray[np.float64]:
     """KL(reference || candidate) per row of logits (T, V), in nats, float64."""
-    p, q = (_log_softmax(np.asarray(x, dtype=np.float64)) for x in (reference_tv, candidate_tv))
+    p, q = (log_softmax(np.asarray(x, dtype=np.float64)) for x in (reference_tv, candidate_tv))
     return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
 
 
-def _log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     shifted = scores - scores.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 

@@ -70,7 +70,6 @@ class Preprocessing(Record):
     pixel_max_diff: Amount | None = None
     pixel_mean_diff: Amount | None = Field(None, description="mean |difference| of the worst picture")
     pixel_share: Share | None = Field(None, description="share of values that differ, in the worst picture")
-    pixels_sampled: bool = Field(False, description="only every n-th value of large pictures was compared")
     shapes_equal: Count = Field(description="pictures with as many values on both sides")
     image_tokens_equal: Count = Field(description="pictures that become as many tokens on both sides")
     prompts: Count

@@ -1,0 +1,259 @@
+"""A bundle as a model of lmms-eval, the harness (PyPI `lmms-eval`, tested with 0.7.3).
+
+    lmms-eval --model pocketvlm --model_args bundle=bundles/student-onnx-int8 --tasks mmstar --batch_size 1
+
+In: the harness's requests. Out: answers with their token counts. Not here: tasks, prompts and scores, which
+are the harness's own. Imported by the harness only, through the entry point `lmms_eval.models`; where the
+package is not installed but lies in the working directory, `python -m evals.lmms_eval_model` takes the same
+arguments.
+
+Two classes, as the harness has two kinds of models: `PocketChat` answers messages and is the default;
+`PocketSimple` (`--force_simple`) also takes the tasks that compare losses of given answers. A picture comes
+before its turn's text, as the bundle's chat template has it. Videos, sounds, system turns and several rounds
+are refused, not approximated. Every request is answered afresh: nothing depends on the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from loguru import logger
+from tqdm import tqdm
+
+from evals.parity import forced_logits, log_softmax
+from runtime import GenerationOptions, Turn, open_bundle
+from runtime.errors import InputError
+
+MAX_NEW_TOKENS = 256
+"""Where a task does not say."""
+IGNORED = frozenset({"num_beams", "use_cache", "pad_token_id", "eos_token_id", "image_aspect_ratio", "seed"})
+Messages = Sequence[Mapping[str, Any]]
+
+
+def manifest() -> ModelManifest:
+    """What the harness's registry is told."""
+    return ModelManifest(
+        model_id="pocketvlm",
+        simple_class_path=f"{PocketSimple.__module__}.PocketSimple",
+        chat_class_path=f"{PocketChat.__module__}.PocketChat",
+    )
+
+
+class _Pocket(lmms):
+    """A bundle's session behind the harness's interface."""
+
+    def __init__(
+        self,
+        bundle: str = "",
+        pretrained: str = "",
+        threads: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        providers: str = "",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        """`bundle` (or `pretrained`): its directory. `providers`: execution providers separated by `+`,
+        because the harness separates its arguments by commas. `device` is the harness's and not read."""
+        super().__init__()
+        unknown.pop("max_batch_size", None)
+        if unknown:
+            raise InputError(
+                f"model_args: {', '.join(sorted(unknown))} unknown; wanted bundle, threads, providers or "
+                "max_new_tokens"
+            )
+        if not (bundle or pretrained):
+            raise InputError("model_args: no bundle; wanted --model_args bundle=DIRECTORY")
+        if str(batch_size) not in ("1", "auto"):
+            logger.warning(
+                f"pocketvlm answers one request at a time; batch_size {batch_size} changes nothing"
+            )
+        self.max_new_tokens = int(max_new_tokens)
+        self.session = open_bundle(
+            bundle or pretrained,
+            threads=None if threads is None else int(threads),
+            providers=providers.split("+") if providers else None,
+            reuse=False,
+        )
+        self._told: set[str] = set()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The bundle's, for tasks that count tokens."""
+        return self.session.tokenizer
+
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """An answer to every request, in order."""
+        found = []
+        for request in tqdm(requests, desc="pocketvlm", disable=self.rank != 0):
+            pictures, question, history, wanted = self._asked(request.args)
+            answer = self.session.ask(pictures, question, self._options(wanted), history=history)
+            counts = TokenCounts(
+                input_tokens=answer.stats.prompt_tokens, output_tokens=answer.stats.new_tokens
+            )
+            found.append(GenerationResult(answer.text, counts))
+            self.cache_hook.add_partial("generate_until", (request.args[0], wanted), answer.text)
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refused: a round's question depends on the answer before it, by rules of each task."""
+        raise NotImplementedError("pocketvlm: tasks of several rounds are not supported")
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refused for messages, as in the harness itself."""
+        raise NotImplementedError("pocketvlm: tasks that compare given answers need --force_simple")
+
+    def _asked(self, args: tuple[Any, ...]) -> tuple[list[Any], str, list[Turn], Mapping[str, Any]]:
+        """Pictures, question, earlier turns and generation arguments of a request."""
+        raise NotImplementedError
+
+    def _document(self, task: str, split: str, number: Any) -> Any:
+        return self.task_dict[task][split][number]
+
+    def _options(self, wanted: Mapping[str, Any]) -> GenerationOptions:
+        """The harness's generation arguments, whose names are those of transformers' `generate`."""
+        given = {key: value for key, value in wanted.items() if value is not None}
+        until = given.pop("until", ())
+        sample = given.pop("do_sample", None)
+        temperature = float(given.pop("temperature", 1.0 if sample else 0.0))
+        options: dict[str, Any] = {
+            "max_new_tokens": int(given.pop("max_new_tokens", self.max_new_tokens)),
+            "temperature": 0.0 if sample is False else temperature,
+            "stop": tuple(one for one in ([until] if isinstance(until, str) else until) if one),
+        }
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+            if name in given:
+                options[name] = given.pop(name)
+        if given.get("num_beams", 1) != 1:
+            self._tell(f"num_beams {given['num_beams']}: answers are greedy or sampled, without beams")
+        for name in sorted(set(given) - IGNORED):
+            self._tell(f"generation argument {name!r} is not known and has no effect")
+        return GenerationOptions(**options)
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(f"pocketvlm: {text}")
+
+
+class PocketChat(_Pocket):
+    """Requests as messages: pictures, texts, earlier turns (few-shot examples)."""
+
+    is_simple = False
+
+    def _asked(self, args: tuple[Any, ...]) -> tuple[list[Any], str, list[Turn], Mapping[str, Any]]:
+        _, to_messages, wanted, number, task, split = args
+        messages = to_messages(self._document(task, split, number))
+        pictures, question, earlier = turns(messages, self._tell)
+        history = [Turn(asked, said, tuple(map(self.session.prepare, seen))) for seen, asked, said in earlier]
+        return pictures, question, history, wanted
+
+
+class PocketSimple(_Pocket):
+    """Requests as a text with pictures before it."""
+
+    is_simple = True
+
+    def _asked(self, args: tuple[Any, ...]) -> tuple[list[Any], str, list[Turn], Mapping[str, Any]]:
+        context, wanted, to_pictures, number, task, split = args
+        return _pictures(to_pictures(self._document(task, split, number))), context, [], wanted
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(loss, greedy) of each given answer: the mean negative log-likelihood of its tokens, which the
+        harness's own models return under this name, and whether each was the likeliest."""
+        found = []
+        for request in tqdm(requests, desc="pocketvlm", disable=self.rank != 0):
+            context, answer, *more = request.args
+            pictures = []
+            if more:
+                to_pictures, number, task, split = more
+                document = self._document(task, split, number)
+                pictures = _pictures(to_pictures(document))
+                answer = answer(document) if callable(answer) else answer
+            found.append(self._loss(context, str(answer), pictures))
+        return found
+
+    def _loss(self, context: str, answer: str, pictures: Sequence[Any]) -> tuple[float, bool]:
+        tokens = self.session.tokenizer.encode(answer, add_special_tokens=False).ids
+        if not tokens:
+            raise InputError(f"loglikelihood: the answer {answer!r} has no tokens")
+        prepared = [self.session.prepare(one) for one in pictures]
+        ids = self.session.prompt_ids(context, prepared)
+        features = [self.session.encode_image(one) for one in prepared]
+        logits = forced_logits(self.session, ids, features, tokens[:-1])
+        scores = log_softmax(np.asarray(logits, np.float64))
+        loss = -float(np.mean(scores[np.arange(len(tokens)), tokens]))
+        return loss, bool((logits.argmax(axis=1) == tokens).all())
+
+
+def turns(
+    messages: Messages, tell: Callable[[str], None]
+) -> tuple[list[Any], str, list[tuple[list[Any], str, str]]]:
+    """The open question's pictures and text, and of the turns before it pictures, question and answer.
+
+    Raises InputError for what a bundle cannot be asked.
+    """
+    history: list[tuple[list[Any], str, str]] = []
+    open_turn: tuple[list[Any], str] | None = None
+    for message in messages:
+        pictures, text = _content(message, tell)
+        if message["role"] == "user" and open_turn is None:
+            open_turn = (pictures, text)
+        elif message["role"] == "assistant" and open_turn is not None and not pictures:
+            history.append((*open_turn, text))
+            open_turn = None
+        else:
+            raise InputError(
+                f"messages: cannot take a {message['role']} turn here; wanted user, assistant in turn"
+            )
+    if open_turn is None:
+        raise InputError("messages: end without a question")
+    return (*open_turn, history)
+
+
+def _content(message: Mapping[str, Any], tell: Callable[[str], None]) -> tuple[list[Any], str]:
+    if isinstance(message["content"], str):
+        return [], message["content"]
+    pictures: list[Any] = []
+    texts: list[str] = []
+    for part in message["content"]:
+        if part["type"] == "text":
+            texts.append(part["text"])
+        elif part["type"] == "image":
+            if texts:
+                tell(
+                    "a text has a picture behind or inside it; pictures come first in this bundle's template"
+                )
+            pictures.append(part["url"])
+        else:
+            raise InputError(f"messages: hold a {part['type']}; this bundle takes pictures and text")
+    return pictures, "".join(texts)
+
+
+def _pictures(found: Any) -> list[Any]:
+    """One picture, a list of them, lists of lists, or none."""
+    if found is None:
+        return []
+    if not isinstance(found, (list, tuple)):
+        return [found]
+    return [picture for one in found for picture in _pictures(one)]
+
+
+def main() -> None:
+    """The harness's command line, with `pocketvlm` among its models."""
+    from lmms_eval.__main__ import cli_evaluate
+    from lmms_eval.models import MODEL_REGISTRY_V2
+
+    from evals.lmms_eval_model import manifest as registered  # not of `__main__`, whose classes are others
+
+    MODEL_REGISTRY_V2.register_manifest(registered(), overwrite=True)
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""`pocketvlm eval --parity`: bundles against their checkpoint, preprocessing first.
+
+In: a reference, candidates, questions. Out: `ParityResults`, also written to parity.json.
+Not here: one case (`evals/parity_side.py`), the figures (`evals/parity_figures.py`), tasks (`evals/tasks/`).
+
+One model is open at a time. The reference's logits are kept on disk until every candidate was held against
+them (a float32 per vocabulary entry and forced token); a candidate's rows are a few numbers a position. A run
+that was killed goes on with the next case: rows are sealed one by one, under a key of everything they
+depend on.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from evals import parity_figures, parity_results
+from evals.parity_results import Asked, Candidate, Forced, Numerics, ParityResults, Reference
+from evals.parity_side import Kept, Row, Seen, hold, keep
+from evals.results import Missing
+from evals.subjects import Model
+from evals.tasks.question import Task
+from runtime import files
+from runtime.errors import InputError, PocketError
+
+ROWS_VERSION = 1
+"""Raise it with any change of what a row or a kept file holds."""
+MAX_TOKENS = 32
+PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "coremltools", "numpy", "pillow")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked: at most `max_tokens` forced tokens a text, `labels` or only the reference's answers."""
+
+    max_tokens: int = MAX_TOKENS
+    labels: bool = True
+    threads: int | None = None
+
+
+def run(
+    reference: Model,
+    candidates: Sequence[Model],
+    task: Task,
+    out: Path,
+    *,
+    settings: Settings | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> ParityResults:
+    """Hold every candidate against the reference and write `out`; the same call resumes.
+
+    A candidate that cannot be measured is in the file with its error; the others go on. Raises InputError
+    without questions or without a candidate beside the reference, and what opening the reference raises.
+    """
+    options = settings or Settings()
+    candidates = [one for one in candidates if one.path.resolve() != reference.path.resolve()]
+    if not task.questions:
+        raise InputError(f"{task.name}: has no questions; give a task with some")
+    if not candidates:
+        raise InputError(f"--parity: only {reference.path} was given; name a bundle to compare with it")
+    work = _Work(out, reference, task, options, progress or (lambda _: None))
+    with files.lock(work.root):
+        files.remove_stale(work.root)
+        backend = work.ask_reference(candidates)
+        found = [work.candidate(one) for one in candidates]
+        results = ParityResults(
+            schema=parity_results.SCHEMA,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            version=_version("pocketvlm") or "source",
+            command=command,
+            packages={name: version for name in PACKAGES if (version := _version(name))},
+            reference=_reference(reference, backend),
+            asked=Asked(
+                source=f"{task.name}, {task.split}",
+                data_sha256=task.sha256,
+                cases=len(task.questions),
+                groups=len({one.group for one in task.questions}),
+                max_tokens=options.max_tokens,
+            ),
+            candidates=found,
+            missing=_missing(found, options),
+        )
+        parity_results.write(results, out)
+        work.forget_reference()
+    return results
+
+
+class _Work:
+    """The run's own directory beside its result: what the reference did, and a row per candidate and case."""
+
+    def __init__(
+        self, out: Path, reference: Model, task: Task, options: Settings, progress: Progress
+    ) -> None:
+        key = files.sha256_json(
+            [ROWS_VERSION, reference.sha256, task.sha256, options.max_tokens, options.labels]
+        )
+        self.root = out.parent / f"{out.stem}.work"
+        self.here = self.root / key[:16]
+        self.reference, self.task, self.options, self.progress = reference, task, options, progress
+
+    @property
+    def kept(self) -> Path:
+        return self.here / "reference"
+
+    def ask_reference(self, candidates: Sequence[Model]) -> str:
+        """The reference on every case that some candidate has not been held against; what it ran on."""
+        told = self.here / "backend.json"
+        lacking = [
+            (number, one)
+            for number, one in enumerate(self.task.questions)
+            if not self._kept(number).exists()
+            and any(not self._row(model, number).exists() for model in candidates)
+        ]
+        if not lacking and told.exists():
+            return str(files.read_json(told))
+        with self.reference.open(threads=self.options.threads) as session:
+            seen, backend = Seen(session), backend_of(session, self.reference)
+            files.write_json(told, backend)
+            for done, (number, question) in enumerate(lacking):
+                self.progress(f"{self.reference.name}: {done + 1} of {len(lacking)}")
+                kept = keep(
+                    seen, question, self.kept, most=self.options.max_tokens, label=self.options.labels
+                )
+                kept.write(self._kept(number))
+        del session, seen
+        gc.collect()
+        return backend
+
+    def candidate(self, model: Model) -> Candidate:
+        """All its rows, made where they lack, and their figures."""
+        lacking = [n for n in range(len(self.task.questions)) if not self._row(model, n).exists()]
+        told = self.here / model.sha256[:16] / "backend.json"
+        try:
+            if lacking or not told.exists():
+                self._hold(model, lacking, told)
+            rows = [files.read_shard(self._row(model, n))[0] for n in range(len(self.task.questions))]
+            facts = files.read_json(told)
+        except PocketError as error:
+            return _candidate(model, self.reference, {"backend": "not run"}, error=str(error))
+        return _candidate(model, self.reference, facts, **self._figures(rows))
+
+    def forget_reference(self) -> None:
+        """Delete the logits and pixels: everything was held against them."""
+        shutil.rmtree(self.kept, ignore_errors=True)
+
+    def _hold(self, model: Model, lacking: Sequence[int], told: Path) -> None:
+        with model.open(threads=self.options.threads) as session:
+            seen = Seen(session)
+            reason = str(getattr(session, "emulated", "") or "")
+            files.write_json(told, {"backend": backend_of(session, model), "emulated": reason})
+            for done, number in enumerate(lacking):
+                self.progress(f"{model.name}: {done + 1} of {len(lacking)}")
+                question = self.task.questions[number]
+                try:
+                    row = hold(seen, question, Kept.read(self._kept(number)), self.kept)
+                except InputError as error:
+                    raise InputError(f"question {question.id}: {error}") from error
+                files.write_shard(self._row(model, number), [row])
+        gc.collect()
+
+    def _figures(self, rows: Sequence[Row]) -> dict[str, Any]:
+        found: list[Numerics] = []
+        names: tuple[Forced, ...] = ("reference-greedy", "label")
+        for name in names:
+            if having := [row for row in rows if name in row["forced"]]:
+                groups = [row["group"] for row in having]
+                found.append(parity_figures.numerics(name, [row["forced"][name] for row in having], groups))
+        same = [row for row in rows if "same_inputs" in row]
+        groups = [row["group"] for row in rows]
+        answers = [row["forced"]["reference-greedy"] for row in rows]
+        asked = {one.id: one.prompt for one in self.task.questions}
+        return {
+            "preprocessing": parity_figures.preprocessing(rows),
+            "numerics": found,
+            "same_inputs": parity_figures.numerics(
+                "reference-greedy", [row["same_inputs"] for row in same], [row["group"] for row in same]
+            )
+            if same
+            else None,
+            "greedy": parity_figures.greedy(answers, groups),
+            "worst": parity_figures.worst(
+                [(row["id"], asked[row["id"]], row["forced"]["reference-greedy"]) for row in rows]
+            ),
+        }
+
+    def _kept(self, number: int) -> Path:
+        return self.kept / f"{number:06d}.npz"
+
+    def _row(self, model: Model, number: int) -> Path:
+        return self.here / model.sha256[:16] / f"{number:06d}.jsonl"
+
+
+def backend_of(session: Any, model: Model) -> str:
+    """Library, version and execution providers that run a session, as one text."""
+    if not model.is_bundle:
+        return f"transformers {_version('transformers')}, torch {_version('torch')}, CPU float32"
+    library = {"onnx": "onnxruntime", "gguf": "llama-cpp-python", "coreml": "coremltools"}[model.format]
+    used = [report.name for report in session.providers if report.used]
+    return ", ".join([f"{library} {_version(library)}", *used])
+
+
+def _reference(model: Model, backend: str) -> Reference:
+    return Reference(
+        name=model.name,
+        kind="bundle" if model.is_bundle else "checkpoint",
+        path=str(model.path),
+        format=model.format,
+        precision=model.precision,
+        sha256=model.sha256,
+        backend=backend,
+    )
+
+
+def _candidate(model: Model, reference: Model, facts: dict[str, str], **figures: Any) -> Candidate:
+    reason = facts.get("emulated", "")
+    return Candidate(
+        name=model.name,
+        kind="bundle" if model.is_bundle else "checkpoint",
+        path=str(model.path),
+        format=model.format,
+        precision=model.precision,
+        backend=facts["backend"],
+        sha256=model.sha256,
+        same_source=model.source_sha256 == reference.source_sha256,
+        emulated=bool(reason),
+        emulated_reason=reason,
+        **figures,
+    )
+
+
+def _missing(found: Sequence[Candidate], options: Settings) -> list[Missing]:
+    """What a reader may look for and does not find."""
+    rows = [Missing(what=one.name, why=one.error) for one in found if one.error]
+    rows += [
+        Missing(what=f"{one.name}: pixels of some pictures", why=one.preprocessing.why_not_compared)
+        for one in found
+        if one.preprocessing and one.preprocessing.why_not_compared
+    ]
+    if not options.labels:
+        rows.append(Missing(what="perplexity of the labels", why="only the reference's answers were forced"))
+    return rows
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
