@@ -107,7 +107,8 @@ class Variant(Record):
 class Summary(Record):
     """The mean score of a subject's units with a 95 % interval. `category` empty: all of them.
 
-    wilson: 0/1 scores, each unit with an image of its own; bootstrap: whole images resampled (percentile).
+    wilson: 0/1 scores, each unit with an image of its own; bootstrap: whole images resampled (percentile), for
+    0/1 scores never inside Wilson's interval.
     """
 
     subject: str
@@ -120,6 +121,7 @@ class Summary(Record):
     high: Share
     interval: Literal["wilson", "bootstrap"]
     right: Count = Field(description="units with a score of at least the task's right_from")
+    macro: Share | None = Field(None, description="mean of the categories' means, where there are several")
     failed: Count = Field(0, description="questions that could not be asked")
     cut: Count = Field(0, description="answers that reached max_new_tokens or the end of the context")
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from evals.accuracy import AccuracyResult, Item, Prediction
 from evals.latency import Measured
@@ -81,13 +82,16 @@ def examples(
 
 def data_uri(path: Path) -> str:
     """A picture as `data:image/png;base64,...`, at most THUMBNAIL pixels on its longest side."""
-    from PIL import Image, ImageOps
-
     with Image.open(path) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        return data_uri_of(ImageOps.exif_transpose(opened).convert("RGB"))
+
+
+def data_uri_of(picture: Image.Image) -> str:
+    """An RGB picture as `data_uri` gives a file."""
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    small.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -110,19 +110,18 @@ def opened(picture: Picture) -> Image.Image:
 
 
 def picture_sha256(picture: Picture) -> str:
-    """SHA-256 of a picture's file; of pixels in memory, over mode, size and pixels."""
+    """SHA-256 of a picture's file; of pixels in memory, over mode, size and pixels. Raises InputError."""
+    if isinstance(picture, Path):
+        return _file_sha256(picture)
     found = given(picture)
     if isinstance(found, Image.Image):
         return hashlib.sha256(f"{found.mode}{found.size}".encode() + found.tobytes()).hexdigest()
-    return ImageSource(path=found).sha256 if isinstance(found, Path) else hashlib.sha256(found).hexdigest()
+    return _file_sha256(found) if isinstance(found, Path) else hashlib.sha256(found).hexdigest()
 
 
 def image_hashes(question: Question) -> list[str]:
-    """Of all its pictures; those of one file are read once."""
-    return [
-        _file_sha256(picture) if isinstance(picture, Path) else picture_sha256(picture)
-        for picture in question.images
-    ]
+    """Of all its pictures, in order."""
+    return [picture_sha256(picture) for picture in question.images]
 
 
 @functools.lru_cache(maxsize=65536)
