@@ -34,10 +34,6 @@ from runtime.errors import CheckpointError
 KEYS, VALUES, CONVOLUTIONS = "key_cache", "value_cache", "conv_state"
 """Names of the states: (attention layers, KV heads, context, head), the same, (conv layers, hidden, L)."""
 
-IN_PLACE_DTYPE = "float16"
-"""Core ML has states of float16 only."""
-
-
 @dataclass
 class _Trace:
     """What attention and convolutions of one trace read; tensors of the step that is being traced."""
@@ -111,7 +107,8 @@ class CoremlDecoder(nn.Module):
         self, text: nn.Module, head: nn.Module, shape: DecoderShape, sizes: StaticSizes, length: int
     ) -> None:
         super().__init__()
-        self.text, self.head, self.shape, self.sizes, self.length = text, head, shape, sizes, length
+        self.head, self.text = head, text  # the head first: a matrix that both have is called the head's
+        self.shape, self.sizes, self.length = shape, sizes, length
         self.trace = _Trace(decoder=self)
         self.places = places(shape)
         self.cos: torch.Tensor

@@ -72,7 +72,7 @@ def export_gguf(
         load(checkpoint), sample_images, say, image_required=image_required, plan=plan, trace=False
     )
     facts = replace(facts, image=as_bytes(facts.image), geometry=facts.image)
-    with _workspace(next(iter(targets.values()))) as scratch:
+    with workspace(next(iter(targets.values()))) as scratch:
         work = Work(facts, found, request or Request(), scratch)
         for kind, path in targets.items():
             with target.staging(path) as staged:
@@ -81,7 +81,7 @@ def export_gguf(
 
 
 @contextlib.contextmanager
-def _workspace(first: Path) -> Iterator[Path]:
+def workspace(first: Path) -> Iterator[Path]:
     """A directory for what several types need. It lies beside the first bundle under such a name that the
     next export of that bundle removes what a killed one left."""
     first.parent.mkdir(parents=True, exist_ok=True)

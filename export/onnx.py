@@ -38,6 +38,7 @@ from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec, Normalise
 from runtime.manifest import (
     CausalAttention,
+    CoremlFacts,
     FileRef,
     Limits,
     Manifest,
@@ -166,7 +167,7 @@ def prepare(
     plan = plan or Plan()
     changed = {} if plan.split_images else without_tiles(checkpoint)
     family = family_of(checkpoint)
-    if plan.static:
+    if plan.static and trace:
         static.check_decoder(family.decoder_shape(checkpoint))
     changed |= limits.hold(checkpoint, family, plan.max_image_tokens)
     geometry = limits.narrowed(family.image(checkpoint), plan.max_image_tokens)
@@ -336,20 +337,23 @@ def draft_manifest(
     *,
     parts: Sequence[Part] | None = None,
     fixed: StaticCache | None = None,
-    to: Literal["onnx", "gguf"] = "onnx",
+    to: Literal["onnx", "gguf", "coreml"] = "onnx",
+    stateful: tuple[CoremlFacts, tuple[StateTensor, ...]] | None = None,
 ) -> Manifest:
     """The manifest of the files in `staged`, with parity and conformance still to come.
 
-    `parts`, `fixed`: those of graphs with fixed shapes (`static_bundle.py`).
+    `parts`, `fixed`: those of graphs with fixed shapes (`static_bundle.py`); `stateful`: ML programs and
+    their states (`coreml.py`).
     """
     image, prompt = facts.image, facts.prompt
     merge = ReplaceTokens(token=prompt.image.token)
     positions, attention = facts.family.positions(facts.checkpoint), facts.family.attention(facts.checkpoint)
     # llama.cpp keeps deepstack features with the others
-    deepstack = facts.family.deepstack(facts.checkpoint) if to == "onnx" else None
+    deepstack = facts.family.deepstack(facts.checkpoint) if to != "gguf" else None
+    programs, states = stateful or (None, None)
     if parts is None:
         parts = tuple(_part(staged, role) for role in _FILES if role in ROLES or _written(staged, role))
-    used = (*image.operations, image.tokens, merge, deepstack, positions, attention, fixed)
+    used = (*image.operations, image.tokens, merge, deepstack, positions, attention, fixed, programs)
     return Manifest(
         name=name,
         format=to,
@@ -365,7 +369,8 @@ def draft_manifest(
         positions=positions,
         attention=attention,
         static=fixed,
-        state=static.states(parts[-1].inputs) if fixed is not None else _state(parts[-1]),
+        coreml=programs,
+        state=states or (static.states(parts[-1].inputs) if fixed is not None else _state(parts[-1])),
         limits=Limits(context=facts.context, image_tokens=image.max_tokens, images=facts.images),
         tokenizer=TokenizerSpec(
             type="tokenizers-json",

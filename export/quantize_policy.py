@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -168,6 +168,8 @@ def _resized(rule: Rule, size: int) -> Rule:
 
 # --- a user's own -----------------------------------------------------
 
+Spec = TypeVar("Spec", bound=BaseModel)
+
 
 class RuleSpec(BaseModel):
     """One rule as written; `part` and `node` default to every part and node."""
@@ -189,22 +191,7 @@ class PolicySpec(BaseModel):
 
 def read(path: Path) -> Policy:
     """A policy from YAML. Raises InputError that names the file, the key and the nearest right one."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtra("pyyaml", "export") from error
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: wanted a mapping with name and rules, got {type(raw).__name__}")
-    try:
-        spec = TypeAdapter(PolicySpec).validate_python({"name": path.stem, **raw})
-    except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error.errors(include_url=False)[0])}") from None
-    if not spec.rules and spec.base is None:
-        raise InputError(f"{path}: has neither base nor rules; write at least one rule")
+    spec = read_spec(path, PolicySpec, RuleSpec, {"scheme": SCHEMES, "part": get_args(PartName)})
     own = tuple(Rule(rule.part, rule.node, rule.scheme) for rule in spec.rules)
     try:
         under = () if spec.base is None else named(spec.base).rules
@@ -222,16 +209,45 @@ def dump(policy: Policy, path: Path) -> Path:
     return path
 
 
-def _explain(fault: Any) -> str:
+def read_spec(
+    path: Path, spec: type[Spec], rule: type[BaseModel], literals: Mapping[str, Sequence[str]]
+) -> Spec:
+    """A file of rules as `spec`, whose rules are `rule`; `literals`: what those keys may be.
+
+    Raises InputError that names the file, the key and the nearest right one.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtra("pyyaml", "export") from error
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: wanted a mapping with name and rules, got {type(raw).__name__}")
+    try:
+        found = TypeAdapter(spec).validate_python({"name": path.stem, **raw})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise InputError(f"{path}: {_explain(fault, spec, rule, literals)}") from None
+    if not raw.get("rules") and raw.get("base") is None:
+        raise InputError(f"{path}: has neither base nor rules; write at least one rule")
+    return found
+
+
+def _explain(
+    fault: Any, spec: type[BaseModel], rule: type[BaseModel], literals: Mapping[str, Sequence[str]]
+) -> str:
     place = [str(key) for key in fault["loc"]]
     where = ".".join(place)
     if fault["type"] == "extra_forbidden":
-        known = list((RuleSpec if place[0] == "rules" and len(place) > 1 else PolicySpec).model_fields)
+        known = list((rule if place[0] == "rules" and len(place) > 1 else spec).model_fields)
         return f"{where}: unknown key{_near(place[-1], known)}"
     if fault["type"] == "missing":
         return f"{where}: this key is missing"
     if fault["type"] == "literal_error":
-        known = list(SCHEMES if place[-1] == "scheme" else get_args(PartName))
+        known = list(literals[place[-1]])
         return f"{where}: {fault['input']!r} is not known{_near(str(fault['input']), known)}"
     return f"{where}: {fault['msg'].lower()}, got {fault['input']!r}"
 

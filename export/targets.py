@@ -25,6 +25,9 @@ MAX_IMAGES = 4
 CHUNK = 128
 """Tokens of a prefill run of fixed shape: a picture of 64 tokens and a question fit into one."""
 
+COREML_CHUNK = 64
+"""The same of an ML program, whose state is read in whole by every run."""
+
 MASKED = -1e4
 """Added to the score of a token that must not be seen: float16 holds it, and its exponential is 0."""
 
@@ -65,7 +68,7 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "iphone", "iPhone, iPad: Core ML on the Neural Engine", "coreml", "portable-static", "fp16",
         {"vision_encoder": 16, "embed_tokens": 16, "decoder": 16}, ("CoreMLExecutionProvider", CPU), _FIXED,
-        max_context=2048, max_image_tokens=1024, max_images=2,
+        max_context=2048, max_image_tokens=1024, max_images=2, chunk=COREML_CHUNK,
     ),
     Target(
         "android", "Android phone with a Qualcomm NPU (QNN, HTP)", "onnx", "portable-static", "qdq-a16w8",
@@ -145,7 +148,9 @@ def plan_for(
     """
     if flavour is not None and flavour not in FLAVOURS:
         raise InputError(f"--flavour: got {flavour!r}, choose from {', '.join(FLAVOURS)}")
-    plan = Plan() if name is None else _of(find(name), to)
+    if to == "coreml" and flavour is not None:
+        raise InputError("--flavour: is for --to onnx; ML programs have fixed shapes in any case")
+    plan = (Plan() if to != "coreml" else _any_phone()) if name is None else _of(find(name), to)
     changes = {
         "flavour": flavour,
         "max_context": max_context,
@@ -170,9 +175,8 @@ def _of(target: Target, to: str) -> Plan:
     if target.format != to:
         others = ", ".join(each.name for each in TARGETS if each.format == to)
         raise InputError(
-            f"--target {target.name}: needs --to {target.format}, which this version cannot write; with --to "
-            f"{to} take {others or 'no target'}, or --flavour portable-static --precision fp16 without a "
-            "target for onnxruntime's CoreML provider"
+            f"--target {target.name}: needs --to {target.format}; with --to {to} take "
+            f"{others or 'no target'}{_INSTEAD.get(target.format, '')}"
         )
     return Plan(
         flavour=target.flavour,
@@ -183,6 +187,16 @@ def _of(target: Target, to: str) -> Plan:
         max_images=target.max_images,
         chunk=target.chunk,
     )
+
+
+_INSTEAD = {
+    "coreml": ", or --flavour portable-static --precision fp16 without a target for onnxruntime's CoreML provider"
+}
+
+
+def _any_phone() -> Plan:
+    """Without a target, programs of fixed shapes have the sizes of the first target of the format."""
+    return replace(_of(next(each for each in TARGETS if each.format == "coreml"), "coreml"), target=None)
 
 
 def default_precision(plan: Plan) -> str:

@@ -1,0 +1,216 @@
+"""Writes Core ML bundles: three `.mlpackage`s, tokenizer, conformance vectors, and last the manifest.
+
+In: a checkpoint directory and precisions (`fp16`, `int4`, a YAML of rules). Out: bundle directories.
+Not here: the parts (`coreml_parts.py`), conversion (`coreml_convert.py`), compression (`coreml_compress.py`),
+the checks (`coreml_gate.py`).
+
+Functions are converted once for each arithmetic (float16, float32), compressed for each precision, then
+merged: `prefill` and `decode` of one package share their weights.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export import (
+    coreml_compress,
+    coreml_convert,
+    coreml_gate,
+    coreml_package,
+    coreml_policy,
+    onnx,
+    space,
+    target,
+)
+from export.checkpoint import load, read_config
+from export.coreml_compress import Choice
+from export.coreml_decoder import CONVOLUTIONS
+from export.coreml_parts import ROLES, Parts, parts_of
+from export.coreml_policy import Policy
+from export.families import check_type
+from export.gguf import workspace
+from export.onnx import Facts, Progress
+from export.quantize_policy import resolve as onnx_policy
+from export.static_decoder import StaticSizes
+from export.targets import Plan, plan_for
+from runtime import bundle
+from runtime.image import ImageInput
+from runtime.manifest import CoremlFacts, Fallback, Manifest, Part, StateTensor
+
+_TOOLS = ("torch", "transformers", "coremltools")
+_SEQUENCE_AXIS = 2
+
+
+def export_coreml(
+    checkpoint: Path,
+    targets: Mapping[str, Path],
+    *,
+    names: Mapping[str, str],
+    sample_images: Sequence[ImageInput] = (),
+    image_required: bool = False,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate."""
+    policies = {precision: coreml_policy.resolve(precision) for precision in targets}
+    for path in targets.values():
+        target.check(path)
+    coreml_convert.tools()
+    plan = plan or plan_for(None, to="coreml")
+    say = progress or (lambda _: None)
+    say("reading the checkpoint")
+    check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
+    loaded = load(checkpoint)
+    space.check(loaded, dict.fromkeys(targets.values(), onnx_policy("fp16")))  # about the most that one takes
+    facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan, trace=False)
+    sizes = StaticSizes(facts.context, plan.chunk, plan.masked)
+    parts = parts_of(loaded, facts.family, facts.image, sizes)
+    with workspace(next(iter(targets.values()))) as scratch:
+        work = Work(facts, parts, scratch)
+        for precision, path in targets.items():
+            with target.staging(path) as staged:
+                work.build(staged, policies[precision], names[precision])
+    return list(targets.values())
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a part became: its manifest entry and the choices for the weights of its functions."""
+
+    part: Part
+    choices: tuple[Choice, ...]
+
+
+class Work:
+    """Bundles of one checkpoint; what several precisions need is made once, in `scratch`."""
+
+    def __init__(self, facts: Facts, parts: Parts, scratch: Path) -> None:
+        self.facts, self.parts, self.scratch = facts, parts, scratch
+        self._plain: dict[str, tuple[Path, Manifest]] = {}
+
+    def build(self, staged: Path, policy: Policy, name: str) -> None:
+        """Fill `staged` with a whole bundle; the manifest is the last file."""
+        facts = self.facts
+        plain = self._passed(policy) if policy.compresses else None
+        facts.say(f"{policy.name}: writing packages")
+        written = [self._write(staged, role, policy) for role in ROLES]
+        onnx.write_companions(facts, staged)
+        draft = self._draft(staged, name, policy, written)
+        for note in draft.notes[len(facts.notes) :]:
+            facts.say(f"note: {note}")
+        facts.say(f"{policy.name}: parity gate")
+        parity = coreml_gate.check(facts, staged, draft, policy, plain)
+        facts.say(f"{policy.name}: conformance vectors")
+        vectors = onnx.write_conformance(facts, staged, draft, coreml_gate.SPREAD)
+        bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
+        bundle.read(staged)
+
+    def _passed(self, policy: Policy) -> tuple[Path, Manifest]:
+        """The packages of this arithmetic without compression, through the gate."""
+        if policy.base not in self._plain:
+            folder = self.scratch / f"plain-{policy.base}"
+            plain = next(each for each in coreml_policy.POLICIES.values() if _is_plain(each, policy.base))
+            written = [self._write(folder, role, plain) for role in ROLES]
+            onnx.write_companions(self.facts, folder)
+            draft = self._draft(folder, plain.name, plain, written)
+            self.facts.say(f"{plain.name}: parity gate of what will be compressed")
+            coreml_gate.check(self.facts, folder, draft, plain, None)
+            self._plain[policy.base] = folder, draft
+        return self._plain[policy.base]
+
+    def _write(self, staged: Path, role: str, policy: Policy) -> Written:
+        """Convert (once), compress and merge the functions of a part."""
+        choices: list[Choice] = []
+        sources = {}
+        for name in self.parts.of(role):
+            source = self._converted(role, name, policy)
+            found = coreml_compress.choose(source, role, policy)
+            if any(choice.scheme != "keep" for choice in found):
+                out = self.scratch / "compressed" / f"{role}-{name}.mlpackage"
+                source = coreml_compress.compress(source, found, out)
+            choices += found
+            sources[name] = source
+        path = coreml_convert.merge(sources, staged / "coreml" / f"{role}.mlpackage")
+        return Written(_part(staged, role, path, choices), tuple(choices))
+
+    def _converted(self, role: str, name: str, policy: Policy) -> Path:
+        """The function on disk before any compression."""
+        path = self.scratch / policy.base / f"{role}-{name}.mlpackage"
+        if not path.exists():
+            self.facts.say(f"{policy.base}: converting {role} {name}")
+            where = f"{self.facts.checkpoint.path}: {role}"
+            model = coreml_convert.convert(self.parts.of(role)[name], where, policy.base)
+            coreml_convert.save(model, path)
+        return path
+
+    def _draft(self, staged: Path, name: str, policy: Policy, written: Sequence[Written]) -> Manifest:
+        """The manifest of the packages in `staged`, with parity and conformance still to come."""
+        facts = self.facts
+        found = coreml_package.functions(staged / written[-1].part.path)
+        kept = CoremlFacts(
+            chunk=facts.plan.chunk,
+            context=facts.context,
+            functions={role: tuple(self.parts.of(role)) for role in ROLES},
+            deployment_target=coreml_convert.TARGET,
+        )
+        draft = onnx.draft_manifest(
+            facts,
+            staged,
+            policy.name,
+            name,
+            parts=[each.part for each in written],
+            to="coreml",
+            stateful=(kept, states(next(iter(found.values())))),
+        )
+        schemes = {
+            (each.part.role, choice.weight.label): choice.asked for each in written for choice in each.choices
+        }
+        tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+        notes = (*facts.notes, *coreml_policy.hazards(schemes))
+        return draft.model_copy(update={"tool_versions": tools, "notes": notes})
+
+
+def _is_plain(policy: Policy, base: str) -> bool:
+    return not policy.compresses and policy.base == base
+
+
+def _part(staged: Path, role: str, path: Path, choices: Sequence[Choice]) -> Part:
+    """Facts read back from the written package."""
+    found = list(coreml_package.functions(path).values())
+    inputs, outputs = coreml_package.tensors(found)
+    sha256, size = bundle.digest(path)
+    fallbacks: dict[str, Fallback] = {}
+    for choice in choices:
+        if (fallback := choice.fallback()) is not None:
+            fallbacks[fallback.node] = fallback
+    return Part(
+        role=role,  # type: ignore[arg-type]
+        path=path.relative_to(staged).as_posix(),
+        sha256=sha256,
+        bytes=size,
+        inputs=inputs,
+        outputs=outputs,
+        bits=coreml_package.stored(found),
+        fallbacks=tuple(fallbacks.values()),
+    )
+
+
+def states(decoder: coreml_package.Function) -> tuple[StateTensor, ...]:
+    """The states of a decoder's function; a short convolution's cannot go back."""
+    return tuple(
+        StateTensor(
+            input=name,
+            output=name,
+            kind="conv" if name == CONVOLUTIONS else "kv",
+            dtype=kind.dtype,  # type: ignore[arg-type]
+            shape=tuple(int(size or 0) for size in kind.shape),
+            sequence_axis=None if name == CONVOLUTIONS else _SEQUENCE_AXIS,
+            rewindable=name != CONVOLUTIONS,
+            in_place=True,
+            padding_side="right",
+        )
+        for name, kind in coreml_package.states(decoder).items()
+    )
