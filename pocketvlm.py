@@ -21,7 +21,8 @@ from runtime.errors import InputError, MissingExtra, PocketError
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
-    from evals.latency import Measured
+    from evals.bench_results import BenchResults
+    from evals.subjects import Model
     from export.targets import Plan
     from runtime.generation import GenerationOptions
 
@@ -537,51 +538,93 @@ def _require(extra: str, modules: Sequence[str]) -> None:
 @app.command(
     epilog="""Examples:
 
-    pocketvlm bench bundles/student-onnx-fp32 bundles/student-onnx-int8
+    pocketvlm bench bundles/student-onnx-fp32 bundles/student-onnx-int8 --out bench.json
 
-    pocketvlm bench bundles/student-onnx-int8 --image photo.png --question "what is this?" --threads 1 --json
+    pocketvlm bench bundles/student-onnx-int8 --image photo.jpg --images 224,1024x768 --prompts 16,128
+
+    pocketvlm bench bundles/student-onnx-int8 --sustained 10m --threads 1 --json
+
+    pocketvlm bench bundles/student-coreml-int8 --import phone-results.json --out bench.json
 """
 )
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundle directories; ratios are to the first one.")],
+    bundles: Annotated[
+        list[Path] | None, typer.Argument(help="Bundle directories; ratios are to the first one.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Image file; default: the first bundle's own.")] = None,
     question: Annotated[
         str | None, typer.Option(help="What to ask; default: the first bundle's own.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per bundle, in turn.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured repeats in each process.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, help="Repeats before them that do not count.")] = 3,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per repeat, stop or not.")] = 16,
+    images: Annotated[
+        str | None, typer.Option(metavar="SIZES", help="Scale the image to each: 224,1024x768.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Lengthen the question to each: 16,128,512.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per bundle and point, in turns.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured answers in each process.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Answers before them that do not count.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per answer, stop or not.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
     drop_cache: Annotated[bool, typer.Option("--drop-cache", help="Forget cached files first.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    sustained: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Also answer on end for 90s, 10m, 1h: drift.")
+    ] = None,
+    energy: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Energy of answers, where there is a meter; 0: no."),
+    ] = 20.0,
+    bandwidth: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Memory bandwidth, before and after; 0: no.")
+    ] = 2.0,
+    device_name: Annotated[
+        str | None, typer.Option(help="What to call this device; default: its model, or its processor.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option("--import", help="Check and complete results measured elsewhere.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write bench.json there; the same command goes on if interrupted.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print bench.json instead of tables.")] = False,
 ) -> None:
-    """Measure load, image, first text, tokens a second, memory and bytes of bundles, in fresh processes."""
-    for bundle in bundles:
-        _require_backend(bundle)
-    from evals.bench import subject
-    from evals.latency import measure_all
-    from runtime.threads import default_threads
+    """Measure load, stages, first text, tokens a second, memory, bytes and energy, in fresh processes."""
+    from evals import bench as benches
+    from evals import bench_import, bench_results
 
-    picture, asked = subject(bundles[0], image, question)
-    with _progress("bench") as progress:
-        measured = measure_all(
-            bundles,
-            picture,
-            asked,
-            rounds=rounds,
-            warmup=warmup,
-            repeats=repeats,
-            threads=threads or default_threads(),
-            decode_tokens=tokens,
-            drop_cache=drop_cache,
-            progress=progress,
-        )
-    if as_json:
-        found = [one.model_dump(mode="json") for one in measured]
-        typer.echo(json.dumps({"image": str(picture), "question": asked, "bundles": found}))
+    if results is not None:
+        found = bench_import.read(results, bundles or ())
     else:
-        _print_bench(measured, picture, asked)
+        for bundle in bundles or ():
+            _require_backend(bundle)
+        options = benches.Options(
+            bundles=tuple(bundles or ()),
+            image=image,
+            question=question,
+            images=images,
+            prompts=prompts,
+            rounds=rounds,
+            repeats=repeats,
+            warmup=warmup,
+            tokens=tokens,
+            threads=threads,
+            drop_cache=drop_cache,
+            sustained=sustained,
+            energy_s=energy,
+            bandwidth_s=bandwidth,
+            device_name=device_name,
+        )
+        with _progress("bench") as progress:
+            found = benches.measure(options, out, progress)
+    if out is not None:
+        bench_results.write(found, out)
+    if as_json:
+        typer.echo(bench_results.dumps(found))
+    elif out is not None:
+        _print_bench(found, to_stderr=True)
+        typer.echo(out)
+    else:
+        _print_bench(found)
 
 
 def _require_backend(bundle: Path) -> None:
@@ -592,16 +635,17 @@ def _require_backend(bundle: Path) -> None:
     _require(found, {"onnx": ("onnxruntime",), "gguf": ("llama_cpp",)}.get(found, ()))
 
 
-def _print_bench(measured: Sequence[Measured], image: Path, question: str) -> None:
+def _print_bench(found: BenchResults, *, to_stderr: bool = False) -> None:
+    """With --out the path is what goes to stdout."""
     from rich.console import Console
 
-    from evals.bench import conditions, ratios, times
+    from evals.bench import lines, tables
 
-    console = Console(highlight=False, markup=False)
-    console.print(times(measured))
-    if (compared := ratios(measured)) is not None:
-        console.print(compared)
-    console.print(f"{image.name}: {question.strip()!r}; {conditions(measured[0].latency)}", soft_wrap=True)
+    console = Console(highlight=False, markup=False, stderr=to_stderr)
+    for table in tables(found):
+        console.print(table)
+    for line in lines(found):
+        console.print(line, soft_wrap=True)
 
 
 # --- judge-audit ------------------------------------------------------

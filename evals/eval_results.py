@@ -107,8 +107,8 @@ class Variant(Record):
 class Summary(Record):
     """The mean score of a subject's units with a 95 % interval. `category` empty: all of them.
 
-    wilson: 0/1 scores, each unit with an image of its own; bootstrap: whole images resampled (percentile), for
-    0/1 scores never inside Wilson's interval.
+    wilson: 0/1 scores, each unit with an image of its own. bootstrap: whole images resampled (percentile);
+    for 0/1 scores never inside Wilson's interval.
     """
 
     subject: str

@@ -1,0 +1,81 @@
+"""What `pocketvlm eval` prints: scores, changes, and what to know about them.
+
+In: `EvalResults`. Out: rich tables and lines. Not here: the report page (`evals/ship_page.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from evals import formatting as fmt
+from evals.eval_results import ORIGINAL, Change, EvalResults
+
+SIGNIFICANT = 0.05
+
+
+def scores(results: EvalResults) -> Table:
+    """One row a subject and variant."""
+    task = results.task
+    table = Table(title=f"{task.name}, {task.split}: {task.questions} questions, {task.scorer}")
+    for name in ("model", "variant", "score", "95 %", "right", "cut", "not asked"):
+        table.add_column(name, justify="left" if name in ("model", "variant") else "right", overflow="fold")
+    for one in results.summaries:
+        if not one.category:
+            table.add_row(
+                one.subject,
+                one.variant,
+                fmt.percent(one.value),
+                fmt.interval(one.low, one.high),
+                f"{one.right}/{one.units}",
+                fmt.count(one.cut) if one.cut else "",
+                fmt.count(one.failed) if one.failed else "",
+            )
+    return table
+
+
+def changes(results: EvalResults) -> Table | None:
+    """Models against the first one, and variants against the questions as they are; None without any."""
+    if not results.changes:
+        return None
+    table = Table(title="changes, in points")
+    for name in ("reference", "candidate", "difference", "95 %", "lost", "won", "McNemar", "same text"):
+        left = name in ("reference", "candidate")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for one in results.changes:
+        table.add_row(
+            _called(one.reference, one.reference_variant),
+            _called(one.candidate, one.variant),
+            fmt.points(one.difference),
+            f"{fmt.points(one.low)} {fmt.DASH} {fmt.points(one.high)}",
+            fmt.count(one.right_to_wrong),
+            fmt.count(one.wrong_to_right),
+            fmt.p_value(one.p_value),
+            fmt.count(one.same_text),
+        )
+    return table
+
+
+def lines(results: EvalResults) -> Iterator[str]:
+    """Notes: what is missing, what a unit is, and which changes are more than noise."""
+    if results.task.circular:
+        units = len({one.unit for one in results.questions})
+        yield f"{units} questions count, each right only in every order of its options"
+    for one in results.changes:
+        if one.p_value < SIGNIFICANT and one.variant == one.reference_variant == ORIGINAL:
+            yield _sentence(one)
+    for gap in results.missing:
+        yield f"{gap.what}: {gap.why}"
+
+
+def _called(subject: str, variant: str) -> str:
+    return subject if variant == ORIGINAL else f"{subject}, {variant}"
+
+
+def _sentence(one: Change) -> str:
+    which = "worse" if one.right_to_wrong > one.wrong_to_right else "better"
+    return (
+        f"{one.candidate} is {which} than {one.reference}: {one.right_to_wrong} answers lost, "
+        f"{one.wrong_to_right} won ({fmt.p_value(one.p_value)})"
+    )
