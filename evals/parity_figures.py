@@ -18,6 +18,8 @@ from evals.parity_results import Estimate, Forced, Greedy, Numerics, Position, P
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
 WORST = 10
+NOISE = 1e-6
+"""Nats; a smaller KL comes from the order of summation, and is no example of anything."""
 
 
 def preprocessing(rows: Sequence[Row]) -> Preprocessing:
@@ -105,7 +107,7 @@ def worst(cases: Sequence[tuple[str, str, Row]], most: int = WORST) -> list[Posi
     for name, question, row in cases:
         place = row["worst"]
         kl = row["kl"][place["position"]]
-        if kl:
+        if kl is not None and kl > NOISE:
             found.append(Position(case=name, question=question, kl=kl, **place))
     return sorted(found, key=lambda one: -one.kl)[:most]
 

@@ -83,15 +83,20 @@ def contrast(pixels: Floats, severity: int, _: np.random.Generator) -> Floats:
 
 
 def rotation(pixels: Floats, severity: int, draw: np.random.Generator) -> Floats:
-    """About the centre, to either side, linear between pixels; corners take the median colour of the edge."""
+    """About the centre, to either side, and made as much smaller as keeps its corners inside.
+
+    Linear between pixels; what was not there takes the median colour of the edge.
+    """
     angle = np.deg2rad(DEGREES[severity - 1] * draw.choice((-1.0, 1.0)))
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     filled = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=0.0)
     filled[[0, -1]], filled[:, [0, -1]] = np.median(edge, axis=0), np.median(edge, axis=0)
     rows, columns = pixels.shape[:2]
+    across, along = abs(np.sin(angle)), abs(np.cos(angle))
+    fit = max(along + across * rows / columns, along + across * columns / rows)
     down, right = np.mgrid[0:rows, 0:columns] - np.array([(rows - 1) / 2, (columns - 1) / 2])[:, None, None]
-    y = np.cos(angle) * down - np.sin(angle) * right + (rows - 1) / 2 + 1
-    x = np.sin(angle) * down + np.cos(angle) * right + (columns - 1) / 2 + 1
+    y = fit * (np.cos(angle) * down - np.sin(angle) * right) + (rows - 1) / 2 + 1
+    x = fit * (np.sin(angle) * down + np.cos(angle) * right) + (columns - 1) / 2 + 1
     y, x = np.clip(y, 0, rows + 1), np.clip(x, 0, columns + 1)
     top, left = np.minimum(y.astype(int), rows), np.minimum(x.astype(int), columns)
     v, h = (y - top)[..., None], (x - left)[..., None]
@@ -105,7 +110,9 @@ CORRUPTIONS = (
     Corruption("noise", tuple(f"Gaussian, sigma {s:g} of the range" for s in NOISE), noise),
     Corruption("jpeg", tuple(f"JPEG, quality {q}" for q in QUALITY), jpeg),
     Corruption("contrast", tuple(f"contrast times {c:g}" for c in CONTRAST), contrast),
-    Corruption("rotation", tuple(f"turned by {d:g} degrees to either side" for d in DEGREES), rotation),
+    Corruption(
+        "rotation", tuple(f"turned by {d:g} degrees, made smaller to stay whole" for d in DEGREES), rotation
+    ),
 )
 
 
@@ -135,13 +142,16 @@ class Corrupted:
     severity: int
 
     def __call__(self) -> bytes:
-        return _changed(self) if self.picture.__hash__ else _changed.__wrapped__(self)
+        in_memory = isinstance(self.picture, Image.Image)  # has no hash to be remembered by
+        return _changed(self) if in_memory else _remembered(self)
 
 
-@functools.lru_cache(maxsize=8)
 def _changed(source: Corrupted) -> bytes:
     seed = picture_sha256(source.picture)
     return png(corrupted(opened(source.picture), source.name, source.severity, seed))
+
+
+_remembered = functools.lru_cache(maxsize=8)(_changed)
 
 
 def _image(pixels: Floats) -> Image.Image:

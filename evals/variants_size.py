@@ -21,17 +21,20 @@ from evals.tasks.question import Picture, opened
 from evals.variants_images import png
 from runtime.errors import InputError
 
-TOLD: dict[str, tuple[str, ...]] = {
-    "smaller": tuple(f"objects about {share:.0%} of their size" for share in (0.85, 0.7, 0.55, 0.4, 0.3)),
-    "larger": tuple(f"objects up to {share:.0%} of their size" for share in (1.15, 1.3, 1.6, 2.0)),
-}
-SCALES = {"smaller": (0.85, 0.7, 0.55, 0.4, 0.3), "larger": (1.15, 1.3, 1.6, 2.0)}
-"""Of easy-VQA's shapes; a larger one ends at the picture's edge."""
+SIDES: dict[str, tuple[int, ...]] = {"smaller": (8, 7, 6, 5, 4), "larger": (38, 44, 52, 60)}
+"""Pixels of the longer side of an easy-VQA shape; the task's own have 9 to 34 (of a picture of 64)."""
 GLYPHS: dict[str, tuple[tuple[int, int], ...]] = {
     "smaller": ((18, 19), (15, 17), (13, 14), (10, 12), (8, 9)),
     "larger": ((29, 29), (30, 30), (31, 31), (32, 32)),
 }
-"""Pixels of a digit, both included; the task's own have 20 to 28, and a place has 32."""
+"""Smallest and largest side of a digit in pixels; the task's own have 20 to 28, and a place has 32."""
+TOLD: dict[str, tuple[str, ...]] = {
+    name: tuple(
+        f"easy-VQA: shapes of {side} px (its own: 9 to 34); digits of {low} to {high} px (20 to 28)"
+        for side, (low, high) in zip(SIDES[name], GLYPHS[name], strict=True)
+    )
+    for name in SIDES
+}
 FORMATS = ("easy-vqa", "digits")
 
 
@@ -56,7 +59,7 @@ class Resized:
 @functools.lru_cache(maxsize=8)
 def _changed(source: Resized) -> bytes:
     if source.format_name == "easy-vqa":
-        return png(resized(opened(source.picture), SCALES[source.name][source.severity - 1]))
+        return png(resized(opened(source.picture), SIDES[source.name][source.severity - 1]))
     if not isinstance(source.picture, Path):
         raise InputError("digits: a picture of this task is a file of its cache")
     split, index = source.picture.parent.name, int(source.picture.stem)
@@ -64,27 +67,24 @@ def _changed(source: Resized) -> bytes:
     return png(Image.fromarray(digits.picture(split, index, sizes)).convert("RGB"))
 
 
-def resized(picture: Image.Image, scale: float) -> Image.Image:
-    """The one object of a picture, scaled about its centre and moved inside where it would stick out.
+def resized(picture: Image.Image, side: int) -> Image.Image:
+    """The one object of a picture, its longer side made `side` pixels, about its centre but all inside.
 
-    The background is the colour of the first pixel; a picture of nothing else comes back as it is.
+    The background is the most frequent colour; a picture of nothing else comes back as it is.
     """
     pixels = np.asarray(picture.convert("RGB"))
-    background = pixels[0, 0]
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+    background = colours[counts.argmax()]
     rows, columns = np.nonzero((pixels != background).any(axis=2))
     if len(rows) == 0:
         return picture.convert("RGB")
-    top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
-    height, width = bottom - top, right - left
-    fits = min(scale, pixels.shape[0] / height, pixels.shape[1] / width)
-    size = (max(1, round(width * fits)), max(1, round(height * fits)))  # columns, rows
-    found = Image.fromarray(pixels[top:bottom, left:right]).resize(size, Image.Resampling.BICUBIC)
-    place = [
-        int(np.clip(round((start + end) / 2 - length / 2), 0, whole - length))
-        for start, end, length, whole in zip(
-            (left, top), (right, bottom), size, (pixels.shape[1], pixels.shape[0]), strict=True
-        )
-    ]
-    canvas = Image.new("RGB", (pixels.shape[1], pixels.shape[0]), tuple(int(c) for c in background))
-    canvas.paste(found, (place[0], place[1]))
+    start = np.array([columns.min(), rows.min()])
+    stop = np.array([columns.max(), rows.max()]) + 1
+    whole = np.array([pixels.shape[1], pixels.shape[0]])
+    size = np.maximum(1, np.rint((stop - start) * min(side, whole.min()) / (stop - start).max())).astype(int)
+    place = np.clip(np.rint((start + stop - size) / 2).astype(int), 0, whole - size)
+    found = Image.fromarray(pixels[start[1] : stop[1], start[0] : stop[0]])
+    canvas = Image.new("RGB", (int(whole[0]), int(whole[1])), tuple(int(value) for value in background))
+    resample = Image.Resampling.BICUBIC
+    canvas.paste(found.resize((int(size[0]), int(size[1])), resample), (int(place[0]), int(place[1])))
     return canvas

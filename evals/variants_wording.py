@@ -99,7 +99,7 @@ DIGITS: tuple[Rule, ...] = (
     (
         r"where is the (?P<x>.+)\?",
         (
-            ("the {x} is where?", "where is the digit {x}?"),
+            ("the {x} is where?", "of the places, where is the {x}?"),
             ("in which place do you find the {x}?", "locate the {x}.", "what position holds the {x}?"),
         ),
     ),
@@ -127,7 +127,15 @@ def reworded(format_name: str, question: Question, severity: int) -> Question:
         behind = BEHIND[pick % len(BEHIND)] if severity > 1 else ""
         return replace(question, prompt=f"{BEFORE[pick % len(BEFORE)]}{question.prompt}{behind}")
     wording = held_out(format_name, question.question, severity, pick)
-    return replace(question, question=wording, prompt=question.prompt.replace(question.question, wording))
+    return _said(question, wording)
+
+
+def _said(question: Question, wording: str) -> Question:
+    """The wording in the place of the question's own, inside its prompt."""
+    if question.question not in question.prompt:
+        raise InputError(f"question {question.id}: its prompt does not hold its text; it cannot be reworded")
+    prompt = question.prompt.replace(question.question, wording, 1)
+    return replace(question, question=wording, prompt=prompt)
 
 
 def held_out(format_name: str, text: str, severity: int, pick: int) -> str:
@@ -146,7 +154,7 @@ def given(question: Question, texts: Mapping[str, str]) -> Question | None:
     wording = texts.get(f"id:{question.id}") or texts.get(f"question:{question.question}")
     if wording is None:
         return None
-    return replace(question, question=wording, prompt=question.prompt.replace(question.question, wording))
+    return _said(question, wording)
 
 
 @functools.lru_cache(maxsize=4)
