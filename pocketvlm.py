@@ -386,16 +386,18 @@ def _generation_options(**values: Any) -> GenerationOptions:
 
     pocketvlm export student/ --target android --max-context 1024 --max-image-tokens 256 --out bundles
 
+    pocketvlm export student/ --to coreml --target iphone --precision fp16,int4 --out bundles
+
     pocketvlm export student/ --quant auto --max-drop 0.5 --data questions.jsonl --out bundles
 """
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face checkpoint directory.")],
     out: Annotated[Path, typer.Option(help="Directory that the bundles go into.")],
-    to: Annotated[str, typer.Option(help="Format: onnx or gguf.")] = "onnx",
+    to: Annotated[str, typer.Option(help="Format: onnx, gguf or coreml.")] = "onnx",
     target: Annotated[
         str | None,
-        typer.Option(help="android, jetson-orin, raspberry-pi, cpu or browser: sets what follows."),
+        typer.Option(help="iphone, android, jetson-orin, raspberry-pi, cpu or browser: sets what follows."),
     ] = None,
     flavour: Annotated[
         str | None,
@@ -453,6 +455,8 @@ def export(
     _require("export", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))
     if to == "gguf":
         _require("gguf", ("gguf", "llama_cpp"))
+    if to == "coreml":
+        _require("coreml", ("coremltools",))
     shared: dict[str, Any] = {"plan": plan, "image_required": image_required}
     with _progress("export") as progress:
         if quant == "auto":
@@ -495,11 +499,13 @@ def _precisions(plan: Plan, precision: str | None, quant: str | None, to: str) -
         if quant == "auto" or str(quant).endswith((".yaml", ".yml")):
             raise InputError(f"--quant {quant}: is for --to onnx; GGUF takes types (q8_0,q4_k_m) and --rules")
         return [part.strip().lower() for part in (quant or precision or "f16").split(",") if part.strip()]
+    if to == "coreml" and quant == "auto":
+        raise InputError("--quant auto: is for --to onnx; with --to coreml give --precision fp16,int8,int4")
     if quant not in (None, "auto") and not str(quant).endswith((".yaml", ".yml")):
         raise InputError(f"--quant: got {quant}, expected auto or a policy file ending in .yaml")
     asked = quant or precision
     if asked is None:
-        return [default_precision(plan)]
+        return [default_precision(plan, to)]
     found = list(dict.fromkeys(part.strip() for part in asked.split(",") if part.strip()))
     if not found:
         raise InputError("--precision: got nothing, expected fp32, int8 or int4")

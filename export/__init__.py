@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export import gguf_kinds
+from export import coreml_policy, gguf_kinds
 from export.gguf_kinds import Request
 from export.quantize_policy import resolve
 from export.targets import STATIC_PRECISIONS, Plan, check_precision
@@ -23,12 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "PRECISIONS", "export_all", "export_checkpoint"]
 
-FORMATS = ("onnx", "gguf")
-"""Core ML joins here."""
+FORMATS = ("onnx", "gguf", "coreml")
 
 PRECISIONS = ("fp32", "int8", "int4")
 """Those of `export_all`; every name and YAML file that `quantize_policy.resolve` knows may be given. GGUF has
-its own: `export.llamacpp.KINDS`."""
+its own: `export.gguf_kinds.KINDS`; Core ML too: `export.coreml_policy.NAMES`."""
 
 
 def export_checkpoint(
@@ -64,7 +63,7 @@ def export_checkpoint(
         image_required=image_required,
         plan=plan,
         progress=progress,
-        **_examples(plan, examples),
+        **_examples(to, plan, examples),
         **({"request": request} if to == "gguf" else {}),
     )
     return found[0]
@@ -91,8 +90,7 @@ def export_all(
     """
     _check_names(to, precisions, plan)
     base = "-".join([name or Path(checkpoint).resolve().name, to, *_marks(plan)])
-    short = (lambda kind: kind) if to == "gguf" else _short
-    names = {precision: f"{base}-{short(precision)}" for precision in precisions}
+    names = {precision: f"{base}-{_short(to, precision)}" for precision in precisions}
     targets = {precision: Path(out_dir) / names[precision] for precision in precisions}
     return _writer(to, plan)(
         Path(checkpoint),
@@ -102,7 +100,7 @@ def export_all(
         image_required=image_required,
         plan=plan,
         progress=progress,
-        **_examples(plan, examples),
+        **_examples(to, plan, examples),
         **({"request": request} if to == "gguf" else {}),
     )
 
@@ -112,6 +110,10 @@ def _writer(to: str, plan: Plan | None) -> Callable[..., list[Path]]:
         from export.gguf import export_gguf
 
         return export_gguf
+    if to == "coreml":
+        from export.coreml import export_coreml
+
+        return export_coreml
     if plan is not None and plan.static:
         from export.static_bundle import export_static
 
@@ -121,9 +123,11 @@ def _writer(to: str, plan: Plan | None) -> Callable[..., list[Path]]:
     return export_onnx
 
 
-def _examples(plan: Plan | None, examples: Sequence[tuple[ImageInput, str]]) -> dict[str, Any]:
+def _examples(to: str, plan: Plan | None, examples: Sequence[tuple[ImageInput, str]]) -> dict[str, Any]:
     if not examples:
         return {}
+    if to == "coreml":
+        raise InputError("examples: nothing of a Core ML export is calibrated; leave --data out")
     if plan is not None and plan.static:
         raise InputError("examples: calibrate the flavour ort-fused; portable-static looks at sample images")
     return {"examples": examples}
@@ -136,7 +140,11 @@ def _marks(plan: Plan | None) -> list[str]:
     return [plan.target] if plan.target else ["static"] if plan.static else []
 
 
-def _short(precision: str) -> str:
+def _short(to: str, precision: str) -> str:
+    if to == "gguf":
+        return precision
+    if to == "coreml":
+        return coreml_policy.resolve(precision).name
     return precision if precision in STATIC_PRECISIONS else resolve(precision).name
 
 
@@ -148,6 +156,10 @@ def _check_names(to: str, precisions: Sequence[str], plan: Plan | None) -> None:
     if to == "gguf":
         for precision in precisions:
             gguf_kinds.check(precision)
+        return
+    if to == "coreml":
+        for precision in precisions:
+            coreml_policy.resolve(precision)
         return
     for precision in precisions:
         check_precision(plan or Plan(), precision)

@@ -24,7 +24,7 @@ from runtime.mil_weights import Store, WeightFiles
 
 WEIGHT_RMS = {"fp32": 0.0, "fp16": 0.0, "int8": 0.06, "int4": 0.25, "pal8": 0.06, "pal6": 0.12, "pal4": 0.25}
 """Root mean square of a weight's rounding over its own. Normal weights: int8 0.007, int4 by blocks of 32
-0.09, of 128 0.12, four-bit palettes 0.1; outliers in a row or block make it more, another weight gives 1.4."""
+0.09, of 128 0.12, palettes of 4 bits 0.1; outliers make it more, another weight gives 1.4."""
 
 
 def same_but_rounded(plain: Path, rounded: Path) -> float:
@@ -130,7 +130,7 @@ class _Comparison:
         if not error <= WEIGHT_RMS.get(scheme, 0.0):
             raise ParityError(
                 f"gate: {self.where}: weight {name or place} is {error:.3g} off the checkpoint's, rms over "
-                f"rms, at most {WEIGHT_RMS.get(scheme, 0.0):.3g} allowed for {scheme or 'what is no weight'}; "
+                f"rms, at most {WEIGHT_RMS.get(scheme, 0.0):.3g} allowed for {scheme or 'no weight'}; "
                 "no bundle was written"
             )
         return error

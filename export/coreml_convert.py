@@ -123,7 +123,7 @@ def _check(model: Any, function: Function, where: str) -> None:
     }
     for kind, names in wanted.items():
         if odd := names ^ got[kind]:
-            raise CheckpointError(f"{where}: the converted program differs in {kind} {', '.join(sorted(odd))}")
+            raise CheckpointError(f"{where}: the program differs in {kind} {', '.join(sorted(odd))}")
 
 
 def _numpy(tensor: torch.Tensor, floats: Any) -> Any:

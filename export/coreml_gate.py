@@ -44,7 +44,7 @@ FP32_LIMITS = (
     Limit("feature_rms_error", 1e-4, "float32 sums in another order"),
     Limit("logit_rms_error", 5e-3, "keys and values of a state are float16 in any precision"),
 )
-LATER_FP16 = Limit("later_logit_rms_error", 0.02, "as logit_rms_error: the state holds what a fresh pass makes")
+LATER_FP16 = Limit("later_logit_rms_error", 0.02, "as logit_rms_error: over a state kept from turn to turn")
 
 
 def check(

@@ -190,7 +190,8 @@ def _of(target: Target, to: str) -> Plan:
 
 
 _INSTEAD = {
-    "coreml": ", or --flavour portable-static --precision fp16 without a target for onnxruntime's CoreML provider"
+    "coreml": ", or --flavour portable-static --precision fp16 without a target for onnxruntime's "
+    "CoreML provider"
 }
 
 
@@ -199,10 +200,10 @@ def _any_phone() -> Plan:
     return replace(_of(next(each for each in TARGETS if each.format == "coreml"), "coreml"), target=None)
 
 
-def default_precision(plan: Plan) -> str:
-    """The target's own; of another flavour, or without a target, fp32."""
+def default_precision(plan: Plan, to: str = "onnx") -> str:
+    """The target's own; of another flavour, or without a target, fp32 (ML programs: fp16)."""
     if plan.target is None:
-        return "fp32"
+        return "fp16" if to == "coreml" else "fp32"
     target = find(plan.target)
     return target.precision if target.flavour == plan.flavour else "fp32"
 
