@@ -654,6 +654,105 @@ def _print_bench(found: BenchResults, *, to_stderr: bool = False) -> None:
         console.print(line, soft_wrap=True)
 
 
+# --- eval -------------------------------------------------------------
+
+
+@app.command(
+    name="eval",
+    epilog="""Examples:
+
+    pocketvlm eval student/ bundles/student-onnx-int8 bundles/student-onnx-int4 --task easy-vqa
+
+    pocketvlm eval student/ bundles/student-onnx-int8 --task MMBench_DEV_EN.tsv --limit 200 --out runs/mmbench
+
+    pocketvlm eval student/ bundles/student-onnx-int8 --teacher teacher/ --task digits --variants all --parity
+""",
+)
+def evaluate(
+    models: Annotated[
+        list[Path], typer.Argument(help="Checkpoints and bundles; all are compared with the first one.")
+    ],
+    task: Annotated[
+        str, typer.Option(help="easy-vqa, digits, or a file: VLMEvalKit's .tsv, .jsonl, .parquet.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where everything goes; the same directory resumes. Default: eval-TASK."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of the task; default: test, or all of a file.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What a file is, where its name does not tell: MMBench, ChartQA, mmmu, ..."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Where a file's image paths begin.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="Another rule: exact, choice, numeric, vqa, anls, relaxed, judge, ...")
+    ] = None,
+    teacher: Annotated[
+        list[Path] | None, typer.Option(help="A checkpoint to show beside them; may be repeated.")
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help="all, quick, or some by commas: blur, noise-3, wording, rotation-5, ..."),
+    ] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Also hold every model against the first, token by token.")
+    ] = False,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible server that judges.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="What the server calls its model.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; default: the task's.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Ask models a task's questions: scores with intervals, flips, parity; paths of the results on stdout."""
+    from rich.console import Console
+
+    from evals import eval_command, eval_tables
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    request = eval_command.Request(
+        models=models,
+        task=task,
+        teachers=teacher or (),
+        split=split,
+        kind=kind,
+        limit=limit,
+        scorer=scorer,
+        max_new_tokens=max_new_tokens,
+        images=images,
+        variants=variants,
+        parity=parity,
+        judge=judge,
+        judge_model=judge_model,
+        threads=threads,
+        command=" ".join(["pocketvlm", *sys.argv[1:]]),
+    )
+    done = eval_command.run(request, out, console, _require_model)
+    for table in (eval_tables.scores(done.evaluation), eval_tables.changes(done.evaluation)):
+        if table is not None:
+            console.print(table)
+    for line in eval_tables.lines(done.evaluation):
+        console.print(f"- {line}", soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(eval_command.summary(done)))
+        return
+    for path in done.printed:
+        typer.echo(path)
+
+
+def _require_model(model: Model) -> None:
+    """Raise MissingExtra when what runs a model is not installed."""
+    if model.is_bundle:
+        _require_backend(model.path)
+    else:
+        _require("export", ("torch", "transformers"))
+
+
 # --- judge-audit ------------------------------------------------------
 
 
