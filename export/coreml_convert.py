@@ -153,11 +153,13 @@ def opened(path: Path) -> Any:
 def merge(functions: Mapping[str, Path], path: Path) -> Path:
     """Packages of one function each as one package; weights that are equal are stored once.
 
-    The first function is the default one.
+    The first function is the default one. A single function is copied, under the name that it has.
     """
     ct = tools()
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if list(functions) == [ENTRY]:
+        return Path(shutil.copytree(functions[ENTRY], path))
     descriptor = ct.utils.MultiFunctionDescriptor()
     for name, source in functions.items():
         descriptor.add_function(str(source), src_function_name=ENTRY, target_function_name=name)

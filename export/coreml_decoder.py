@@ -130,7 +130,7 @@ class CoremlDecoder(nn.Module):
         last: torch.Tensor,
         deepstack_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(1, S, hidden), (1, S) or (3, 1, S), (1,), (1,) [, (n, 1, S, hidden)] -> logits (1, 1, vocab)."""
+        """(1, S, hidden), (1 or 3, S), (1,), (1,) [, (n, 1, S, hidden)] -> logits (1, 1, vocab)."""
         trace = self.trace
         trace.start, trace.last, trace.deepstack = start, last, deepstack_embeds
         trace.mask, trace.rope = self._mask(start), self._rotary(position_ids)
@@ -156,16 +156,15 @@ class CoremlDecoder(nn.Module):
         """cos and sin (1, S, D); with three rows of positions each frequency from the row that owns it."""
         found = [functional.embedding(position_ids, table) for table in (self.cos, self.sin)]
         if self.shape.position_rows > 1:
-            found = [(table * self.rows).sum(0) for table in found]
+            found = [(table[:, None] * self.rows).sum(0) for table in found]
         return found[0], found[1]
 
     def example(self) -> dict[str, torch.Tensor]:
         """Inputs by name. No two are one object: a trace would take them for one input."""
-        rows = (self.shape.position_rows,) if self.shape.position_rows > 1 else ()
         stack, hidden = self.shape.deepstack_layers, self.shape.hidden
         return {
             "inputs_embeds": torch.zeros(1, self.length, hidden),
-            "position_ids": torch.zeros(*rows, 1, self.length, dtype=torch.int32),
+            "position_ids": torch.zeros(self.shape.position_rows, self.length, dtype=torch.int32),
             "start": torch.zeros(1, dtype=torch.int32),
             "last": torch.zeros(1, dtype=torch.int32),
             **({DEEPSTACK_INPUT: torch.zeros(stack, 1, self.length, hidden)} if stack else {}),

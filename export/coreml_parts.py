@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from export import coreml_decoder
 from export.checkpoint import Checkpoint
-from export.coreml_convert import Function
+from export.coreml_convert import ENTRY, Function
 from export.coreml_decoder import CoremlDecoder, scaled
 from export.families import Family
 from export.families.base import VisionPart
@@ -35,7 +35,7 @@ from runtime.image_spec import ImageSpec, PatchifyPadded
 ROLES = ("vision_encoder", "embed_tokens", "decoder")
 """In the order of use."""
 
-PREFILL, DECODE, ENCODE = "prefill", "decode", "main"
+PREFILL, DECODE = "prefill", "decode"
 _KEY = "pocketvlm_coreml_vision"
 
 
@@ -64,7 +64,7 @@ def parts_of(checkpoint: Checkpoint, family: Family, image: ImageSpec, sizes: St
     }
     states = coreml_decoder.state_shapes(shape, sizes.context)
     return Parts(
-        vision_encoder={ENCODE: _vision(modules.vision, image)},
+        vision_encoder={ENTRY: _vision(modules.vision, image)},
         embed_tokens={
             name: Function(
                 modules.embed, {"input_ids": torch.zeros(1, length, dtype=torch.int32)}, ["inputs_embeds"]
