@@ -1,24 +1,31 @@
-"""What `pocketvlm bench` asks and shows: the picture and question to measure with, and the tables.
+"""What `pocketvlm bench` does with its options, and the tables it shows.
 
-In: bundle directories, or `Measured` records. Out: a picture file with a question; rich tables.
-Not here: measuring (`evals/latency.py`), the report's page (`evals/report.py`). No torch.
+In: options as a user gives them, or a `BenchResults`. Out: a `BenchResults`; rich tables and lines.
+Not here: measuring (`evals/bench_run.py`), the report's page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evals import bench_grid, bench_run, power
 from evals import formatting as fmt
-from evals.latency import Measured
-from evals.records import Latency, Percentiles
-from runtime import bundle as bundles
-from runtime import conformance
+from evals.bench_results import BenchResults, BundleResult, PointResult, Policy, Spread
+from runtime import files
 from runtime.errors import InputError
+from runtime.threads import default_threads
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 STAGES = (
     ("load, first", "load_cold_ms"),
@@ -30,73 +37,249 @@ STAGES = (
     ("one token", "decode_ms"),
     ("image to last token", "end_to_end_ms"),
 )
-"""Rows of the table with their field in `Latency`, p50 and p99 in ms."""
-
-FIGURES: tuple[tuple[str, Callable[[Latency], str]], ...] = (
-    ("prefill tok/s", lambda found: fmt.count(found.prefill_tok_s)),
-    ("decode tok/s", lambda found: fmt.count(found.decode_tok_s)),
-    ("peak memory", lambda found: fmt.mib(found.peak_rss_mib)),
-    ("  before opening", lambda found: fmt.mib(found.base_rss_mib)),
-    ("on disk", lambda found: fmt.size(found.disk_bytes)),
-)
+"""Rows of the table with their field in `Summary`."""
 
 
-def subject(bundle: Path, image: Path | None, question: str | None) -> tuple[Path, str]:
-    """The picture and question to measure with; what is None comes from the bundle's first conformance case.
+@dataclass(frozen=True)
+class Options:
+    """As the command line has them. images: sizes; prompts: lengths in tokens; None: as they are."""
 
-    Raises InputError when the picture is no file, BundleError when the bundle cannot be read.
+    bundles: tuple[Path, ...]
+    image: Path | None = None
+    question: str | None = None
+    images: str | None = None
+    prompts: str | None = None
+    rounds: int = 5
+    repeats: int = 10
+    warmup: int = 3
+    tokens: int = 16
+    threads: int | None = None
+    drop_cache: bool = False
+    sustained: str | None = None
+    energy_s: float = 20.0
+    bandwidth_s: float = 2.0
+    device_name: str | None = None
+
+
+def measure(options: Options, out: Path | None, progress: Callable[[str], None]) -> BenchResults:
+    """Measure here. With `out`, an interrupted bench of the same options goes on where it was.
+
+    Raises PocketError.
     """
-    if image is not None and not image.is_file():
-        raise InputError(f"{image}: is no file; give --image a PNG, JPEG or WebP, or leave it out")
-    if image is not None and question is not None:
-        return image, question
-    case = conformance.read(bundle)[0]
-    return image or bundles.locate(bundle, case.image.path), question or case.question
+    if not options.bundles:
+        raise InputError("bench: got no bundle; give bundle directories, or --import with a result file")
+    sizes, lengths = bench_grid.sizes_of(options.images), bench_grid.lengths_of(options.prompts)
+    sustained_s = seconds_of(options.sustained)
+    meter = power.find() if options.energy_s else None
+    if meter is not None and not isinstance(meter, str):
+        meter.close()  # the measuring process opens its own
+    policy = Policy(
+        rounds=options.rounds,
+        warmup=options.warmup,
+        repeats=options.repeats,
+        decode_tokens=options.tokens,
+        threads=options.threads or default_threads(),
+    )
+    with _work(out) as work:
+        image, question = bench_grid.subject(options.bundles[0], options.image, options.question)
+        grid = bench_grid.grid(options.bundles[0], image, question, sizes, lengths, work / "pictures")
+        request = bench_run.Request(
+            bundles=options.bundles,
+            grid=tuple(grid),
+            policy=policy,
+            drop_cache=options.drop_cache,
+            sustained_s=sustained_s,
+            energy_s=options.energy_s,
+            bandwidth_s=options.bandwidth_s,
+            device_name=options.device_name,
+            meter_reason=meter if isinstance(meter, str) else None,
+        )
+        return bench_run.run(request, work / "runs" if out else None, progress)
 
 
-def times(measured: Sequence[Measured]) -> Table:
-    """One column per bundle; stages as `p50 / p99` in ms."""
+@contextlib.contextmanager
+def _work(out: Path | None) -> Iterator[Path]:
+    """Where scaled pictures and finished runs lie; beside `out` it stays until the bench is finished."""
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="pocketvlm-bench-") as directory:
+            yield Path(directory)
+        return
+    work = out.with_name(f"{out.name}.work")
+    with files.lock(work) if files.fcntl else contextlib.nullcontext():
+        yield work
+    shutil.rmtree(work)
+
+
+def seconds_of(given: str | None) -> float:
+    """Seconds of `90`, `90s`, `10m`, `1h`; 0 for None. Raises InputError."""
+    if given is None:
+        return 0.0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", given.strip())
+    if not match or not float(match[1]):
+        raise InputError(f"--sustained {given}: expected a time such as 90s, 10m or 1h")
+    return float(match[1]) * UNITS_S[match[2]]
+
+
+# --- what is shown ------------------------------------------------------------
+
+
+def tables(results: BenchResults) -> list[Table]:
+    """Stages and figures at the first grid point; the other points; ratios."""
+    found = [times(results)]
+    if len(results.grid) > 1:
+        found.append(points(results))
+    if (compared := ratios(results)) is not None:
+        found.append(compared)
+    return found
+
+
+def times(results: BenchResults) -> Table:
+    """One column per bundle; stages as `p50 / p90` in ms."""
     from rich.table import Table
 
-    table = Table(title="p50 / p99 in ms", title_justify="left")
+    point = results.grid[0].id
+    title = "p50 / p90 in ms" + (f", {point}" if len(results.grid) > 1 else "")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
-    for one in measured:
-        table.add_column(one.bundle, justify="right", overflow="fold")
+    found = [(bundle, _at(bundle, point)) for bundle in results.bundles]
+    for bundle, _ in found:
+        table.add_column(bundle.name, justify="right", overflow="fold")
     for label, field in STAGES:
-        table.add_row(label, *(_spread(getattr(one.latency, field)) for one in measured))
+        table.add_row(label, *(_spread(at, field) for _, at in found))
     table.add_section()
     for label, show in FIGURES:
-        table.add_row(label, *(show(one.latency) for one in measured))
+        table.add_row(label, *(show(bundle, at) for bundle, at in found))
     return table
 
 
-def ratios(measured: Sequence[Measured]) -> Table | None:
+def points(results: BenchResults) -> Table:
+    """Every grid point: time to first text and tokens a second."""
+    from rich.table import Table
+
+    title = "first text, p50 in ms; decode tok/s"
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("")
+    for bundle in results.bundles:
+        table.add_column(bundle.name, justify="right", overflow="fold")
+    for point in results.grid:
+        cells = []
+        for bundle in results.bundles:
+            at = _at(bundle, point.id)
+            summary = at.summary if at else None
+            first = fmt.significant(summary.ttft_ms.p50) if summary and summary.ttft_ms else fmt.DASH
+            cells.append(f"{first}; {fmt.count(summary.decode_tok_s if summary else None)}")
+        table.add_row(point.id, *cells)
+    return table
+
+
+def ratios(results: BenchResults) -> Table | None:
     """Medians over the first bundle's, with their interval; None for a bundle on its own."""
     from rich.table import Table
 
-    if len(measured) < 2:
+    if len(results.bundles) < 2:
         return None
-    title = f"time over {measured[0].bundle}'s, 95 % interval"
+    point, others = results.grid[0].id, results.bundles[1:]
+    title = f"time over {results.bundles[0].name}'s, 95 % interval"
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
-    for one in measured[1:]:
-        table.add_column(one.bundle, justify="right", overflow="fold")
+    for bundle in others:
+        table.add_column(bundle.name, justify="right", overflow="fold")
+    known = {(each.candidate, each.metric): each for each in results.ratios if each.point == point}
     for label, field in STAGES:
-        found = [next((r for r in one.ratios if r.metric == field), None) for one in measured[1:]]
-        if any(found):
-            table.add_row(label, *(f"{r.ratio:.2f} ({r.low:.2f}-{r.high:.2f})" if r else "" for r in found))
+        row = [known.get((bundle.name, field)) for bundle in others]
+        if any(row):
+            table.add_row(label, *(_ratio(each.ratio, each.low, each.high) if each else "" for each in row))
     return table
 
 
-def conditions(latency: Latency) -> str:
-    """One line that says under what the figures hold."""
-    return (
-        f"{latency.device.cpu}, {latency.device.cores} cores, {latency.threads} threads; "
-        f"{latency.rounds} processes of {latency.warmup} + {latency.repeats} repeats; "
-        f"{latency.prompt_tokens} prompt tokens of which {latency.image_tokens} image, "
-        f"{latency.decode_tokens} decoded; page cache {latency.page_cache}"
+def lines(results: BenchResults) -> list[str]:
+    """Conditions, notes, sustained runs, what was not measured: one sentence each."""
+    device, policy = results.device, results.policy
+    where = f"{device.name}: {device.cpu}, {device.cores} cores, {policy.threads or '?'} threads, {device.os}"
+    found = [
+        f"{where}; {policy.rounds} processes of {policy.warmup} + {policy.repeats} answers of "
+        f"{policy.decode_tokens} tokens; {results.source}",
+        f"{results.grid[0].image}: {results.grid[0].question.strip()!r}",
+    ]
+    for bundle in results.bundles:
+        for point in bundle.points:
+            if (run := point.sustained) is not None:
+                drift = f"{run.ratio:.3f} ({run.low:.3f}-{run.high:.3f})" if run.low and run.high else "?"
+                found.append(
+                    f"{bundle.name}, {fmt.seconds(run.measured_s)} on end: {run.answers} answers, "
+                    f"last quarter over first {drift}; {run.throttle_evidence}"
+                )
+        found += [f"{bundle.name}: not measured: {each.what}: {each.why}" for each in bundle.missing]
+    found += [f"note: {note}" for note in results.notes]
+    return found + [f"not measured: {each.what}: {each.why}" for each in results.missing]
+
+
+def _prefill(_: BundleResult, at: PointResult | None) -> str:
+    return fmt.count(at.summary.prefill_tok_s if at and at.summary else None)
+
+
+def _decode(_: BundleResult, at: PointResult | None) -> str:
+    return fmt.count(at.summary.decode_tok_s if at and at.summary else None)
+
+
+def _peak(_: BundleResult, at: PointResult | None) -> str:
+    return fmt.mib(at.summary.peak_rss_mib if at and at.summary else None)
+
+
+def _load_peak(_: BundleResult, at: PointResult | None) -> str:
+    return fmt.mib(at.summary.load_peak_rss_mib if at and at.summary else None)
+
+
+def _base(_: BundleResult, at: PointResult | None) -> str:
+    return fmt.mib(_of_memory(at, "base_rss_mib"))
+
+
+def _mapped(_: BundleResult, at: PointResult | None) -> str:
+    return fmt.mib(_of_memory(at, "mapped_mib"))
+
+
+def _share(_: BundleResult, at: PointResult | None) -> str:
+    if at is None or at.roofline is None:
+        return fmt.DASH
+    return "in cache" if at.roofline.fits_cache else fmt.percent(at.roofline.share, 0)
+
+
+def _energy(_: BundleResult, at: PointResult | None) -> str:
+    joule = at.energy.joule_per_answer if at and at.energy else None
+    return fmt.DASH if joule is None else f"{fmt.significant(joule)}{fmt.THIN}J"
+
+
+FIGURES: tuple[tuple[str, Callable[[BundleResult, PointResult | None], str]], ...] = (
+    ("prefill tok/s", _prefill),
+    ("decode tok/s", _decode),
+    ("  of memory bandwidth", _share),
+    ("energy per answer", _energy),
+    ("peak memory", _peak),
+    ("  while loading", _load_peak),
+    ("  before opening", _base),
+    ("mapped files", _mapped),
+    ("download", lambda bundle, _: fmt.size(bundle.download_bytes)),
+    ("on disk", lambda bundle, _: fmt.size(bundle.disk_bytes)),
+)
+"""Rows below the stages."""
+
+
+def _of_memory(at: PointResult | None, field: str) -> float | None:
+    found: Sequence[float | None] = (
+        [getattr(run.memory, field) for run in at.runs if run.memory] if at else []
     )
+    return max((value for value in found if value is not None), default=None)
 
 
-def _spread(found: Percentiles) -> str:
-    return f"{fmt.significant(found.p50)} / {fmt.significant(found.p99)}"
+def _at(bundle: BundleResult, point: str) -> PointResult | None:
+    return next((each for each in bundle.points if each.point == point), None)
+
+
+def _spread(at: PointResult | None, field: str) -> str:
+    found: Spread | None = getattr(at.summary, field) if at and at.summary else None
+    return f"{fmt.significant(found.p50)} / {fmt.significant(found.p90)}" if found else fmt.DASH
+
+
+def _ratio(ratio: float, low: float | None, high: float | None) -> str:
+    interval = "" if low is None or high is None else f" ({low:.2f}-{high:.2f})"
+    return f"{ratio:.2f}{interval}"

@@ -96,17 +96,17 @@ class BundleFacts:
         return [*found.values(), tokenizer]
 
 
-def read(paths: Sequence[Path]) -> list[BundleFacts]:
+def read(paths: Sequence[Path], *, any_format: bool = False) -> list[BundleFacts]:
     """Facts of bundle directories; two of one name are told apart by the directory above.
 
-    Raises BundleError when one cannot be read, InputError on none, on the same one twice, or on a format that
-    nothing here can run.
+    Raises BundleError when one cannot be read, InputError on none, on the same one twice, or (but for
+    `any_format`) on a format that nothing here can run.
     """
     if not paths:
         raise InputError("bench: got no bundle; give at least one directory made by `pocketvlm export`")
     found = [(path, bundles.read(path, verify=False)) for path in paths]
     for path, manifest in found:
-        if manifest.format == "coreml":
+        if manifest.format == "coreml" and not any_format:
             raise InputError(
                 f"{path}: Core ML runs on Apple's devices only; run the bundle's Swift benchmark there and "
                 "give its file to --import"

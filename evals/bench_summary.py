@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from evals import paired, stats
+from evals.bench_notes import notes
 from evals.bench_results import (
     BenchRatio,
     BenchResults,
@@ -120,12 +121,13 @@ def ratios(bundles: Sequence[BundleResult]) -> list[BenchRatio]:
 
 
 def complete(results: BenchResults) -> BenchResults:
-    """With summaries, ratios and shares of bandwidth computed anew from the raw times."""
+    """With summaries, ratios, shares of bandwidth and notes computed anew from the raw times."""
     bundles = [
         bundle.model_copy(update={"points": tuple(_completed(point, results) for point in bundle.points)})
         for bundle in results.bundles
     ]
-    return results.model_copy(update={"bundles": tuple(bundles), "ratios": tuple(ratios(bundles))})
+    found = results.model_copy(update={"bundles": tuple(bundles), "ratios": tuple(ratios(bundles))})
+    return found.model_copy(update={"notes": tuple(dict.fromkeys([*results.notes, *notes(found)]))})
 
 
 def share_of_bandwidth(roofline: Roofline, decode_tok_s: float, read_gb_s: float) -> Roofline:

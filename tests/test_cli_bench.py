@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evals import bench, latency
+from evals import bench, bench_grid, bench_results, bench_summary
 from evals import results as contract
+from evals.bench_results import BenchResults
 from runtime import conformance
 from runtime.errors import BundleError, InputError
 from tests.cli import call, refusal
-from tests.evals import synthetic
+from tests.evals import bench_data, synthetic
 
-SHORT = ("--rounds", "1", "--repeats", "2", "--warmup", "0", "--tokens", "3", "--threads", "1")
+SHORT = (
+    *("--rounds", "1", "--repeats", "2", "--warmup", "0", "--tokens", "3", "--threads", "1"),
+    *("--bandwidth", "0", "--energy", "0"),
+)
 
 
 @pytest.fixture
@@ -25,15 +28,23 @@ def two(tiny_bundle: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_bench_as_json_is_what_the_contract_holds(two: list[Path]) -> None:
-    found = json.loads(call("bench", *two, *SHORT, "--question", "what?", "--json").stdout)
-    measured = [latency.Measured.model_validate(one) for one in found["bundles"]]
-    assert [one.bundle for one in measured] == ["before", "after"]
-    assert [len(one.ratios) for one in measured] == [0, len(latency.RATIOS)]
-    assert Path(found["image"]) == two[0] / conformance.read(two[0])[0].image.path
-    assert found["question"] == "what?"
-    first = measured[0].latency
-    assert (first.rounds, first.repeats, first.warmup, first.decode_tokens, first.threads) == (1, 2, 0, 3, 1)
-    assert first.ttft_ms.p50 > 0
+    found = BenchResults.model_validate_json(
+        call("bench", *two, *SHORT, "--question", "what?", "--json").stdout
+    )
+    assert [bundle.name for bundle in found.bundles] == ["before", "after"]
+    assert {ratio.metric for ratio in found.ratios} == set(bench_summary.RATIOS)
+    assert found.ratios[0].low is None  # one process each
+    (asked,) = found.grid
+    assert asked.image == conformance.read(two[0])[0].image.path.split("/")[-1] and asked.question == "what?"
+    policy = found.policy
+    assert (policy.rounds, policy.repeats, policy.warmup, policy.decode_tokens, policy.threads) == (
+        1,
+        2,
+        0,
+        3,
+        1,
+    )
+    assert not found.emulated and found.source == "local"
 
 
 def test_bench_prints_tables_and_the_conditions(two: list[Path]) -> None:
@@ -41,25 +52,25 @@ def test_bench_prints_tables_and_the_conditions(two: list[Path]) -> None:
     for label in [label for label, _ in (*bench.STAGES, *bench.FIGURES)]:
         assert label in done.stdout
     assert "time over before's" in done.stdout
-    assert "1 threads; 1 processes of 0 + 2 repeats" in done.stdout
+    assert "1 threads" in done.stdout and "1 processes of 0 + 2 answers of 3 tokens" in done.stdout
+    assert "not measured: sustained run: not asked for" in done.stdout
     assert "bench: after, round 1 of 1" in done.stderr
 
 
-def measured(*ttft_ms: float) -> list[latency.Measured]:
-    """One bundle per time to first text; everything else as in the report's test data."""
-    timing = synthetic.results().bundles[0].latency
-    assert timing is not None
-    spread = contract.Percentiles
-    return [
-        latency.Measured(
-            bundle=f"b{i}",
-            latency=timing.model_copy(update={"ttft_ms": spread(p50=value, p90=value, p99=2 * value, n=3)}),
-            ratios=[contract.LatencyRatio(metric="ttft_ms", reference="b0", ratio=0.5, low=0.25, high=0.75)][
-                :i
-            ],
-        )
-        for i, value in enumerate(ttft_ms)
+def test_with_out_the_file_is_written_and_its_path_is_the_result(two: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "results" / "bench.json"
+    done = call("bench", two[0], *SHORT, "--images", "32,48x24", "--prompts", "2", "--out", out)
+    assert done.stdout == f"{out}\n" and "48x24, 2-tokens" in done.stderr
+    found = bench_results.read(out)
+    assert [(point.width, point.height, point.scaled) for point in found.grid] == [
+        (32, 32, True),
+        (48, 24, True),
     ]
+    assert [point.point for point in found.bundles[0].points] == ["32x32, 2-tokens", "48x24, 2-tokens"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["bench.json"]
+    again = tmp_path / "again.json"
+    assert call("bench", two[0], "--import", out, "--out", again).stdout == f"{again}\n"
+    assert bench_results.read(again) == found
 
 
 def cells(table: Any) -> dict[str, list[str]]:
@@ -68,36 +79,64 @@ def cells(table: Any) -> dict[str, list[str]]:
 
 
 def test_the_table_shows_each_bundles_own_figures() -> None:
-    rows = cells(bench.times(measured(12.5, 250)))
-    assert rows["first text (TTFT)"] == ("12.5 / 25.0", "250 / 500")
+    rows = cells(bench.times(bench_data.results((12.5, 250))))
+    assert rows["first text (TTFT)"] == ("12.5 / 12.5", "250 / 250")
+    assert rows["one token"][0] == "2.00 / 2.00" and rows["decode tok/s"][0] == "500"
+    assert rows["encode image"] == ("\u2013", "\u2013")
     assert set(rows) == {label for label, _ in (*bench.STAGES, *bench.FIGURES)}
 
 
 def test_ratios_are_shown_only_where_there_are_two() -> None:
-    assert bench.ratios(measured(12.5)) is None
-    table = bench.ratios(measured(12.5, 250))
-    assert table is not None and cells(table) == {"first text (TTFT)": ("0.50 (0.25-0.75)",)}
+    assert bench.ratios(bench_data.results((12.5,))) is None
+    table = bench.ratios(bench_data.results((12.5, 250)))
+    assert table is not None and cells(table)["first text (TTFT)"] == ("20.00 (20.00-20.00)",)
 
 
 def test_the_picture_and_the_question_come_from_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     case = conformance.read(tiny_bundle)[0]
     picture = (tiny_bundle / case.image.path).resolve()
-    assert bench.subject(tiny_bundle, None, None) == (picture, case.question)
-    assert bench.subject(tiny_bundle, None, "what?") == (picture, "what?")
-    assert bench.subject(tiny_bundle, picture, None) == (picture, case.question)
-    assert bench.subject(tmp_path, picture, "what?") == (picture, "what?")
+    assert bench_grid.subject(tiny_bundle, None, None) == (picture, case.question)
+    assert bench_grid.subject(tiny_bundle, None, "what?") == (picture, "what?")
+    assert bench_grid.subject(tiny_bundle, picture, None) == (picture, case.question)
+    assert bench_grid.subject(tmp_path, picture, "what?") == (picture, "what?")
     with pytest.raises(InputError, match=r"absent\.png: is no file"):
-        bench.subject(tiny_bundle, tmp_path / "absent.png", None)
+        bench_grid.subject(tiny_bundle, tmp_path / "absent.png", None)
     with pytest.raises(BundleError, match=r"no manifest\.json"):
-        bench.subject(tmp_path, None, None)
+        bench_grid.subject(tmp_path, None, None)
 
 
 def test_bad_input_of_bench_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "no manifest.json" in refusal("bench", tmp_path)
+    assert "got no bundle" in refusal("bench")
     assert "absent.png: is no file" in refusal("bench", tiny_bundle, "--image", "absent.png")
     line = refusal("bench", tiny_bundle, "--image", "pyproject.toml", *SHORT)
     assert "is not an image that can be read" in line
+    assert "none.json: cannot be read" in refusal("bench", "--import", tmp_path / "none.json")
+    too_long = refusal("bench", tiny_bundle, *SHORT[:6], "--tokens", "100000", *SHORT[8:])
+    assert "needs 100066 tokens" in too_long
     call("bench", tiny_bundle, "--repeats", "0", code=2)
+
+
+@pytest.mark.parametrize("given", ["0x5", "224x", "axb", "99999", "-1"])
+def test_sizes_that_are_none_are_refused(given: str) -> None:
+    with pytest.raises(InputError, match=f"--images {given}"):
+        bench_grid.sizes_of(f"64,{given}")
+
+
+@pytest.mark.parametrize("given", ["0", "many", "1.5", "-2"])
+def test_lengths_that_are_none_are_refused(given: str) -> None:
+    with pytest.raises(InputError, match=f"--prompts {given}"):
+        bench_grid.lengths_of(f"16,{given}")
+
+
+def test_sizes_lengths_and_times_are_read() -> None:
+    assert bench_grid.sizes_of(" 224, 640x480,224") == [(224, 224), (640, 480)]
+    assert bench_grid.lengths_of("16, 128,16") == [16, 128]
+    assert bench_grid.sizes_of(None) == bench_grid.lengths_of("") == []
+    assert [bench.seconds_of(given) for given in (None, "90", "1.5s", "10m", "1h")] == [0, 90, 1.5, 600, 3600]
+    for given in ("soon", "0", "-5s", "5 d"):
+        with pytest.raises(InputError, match=f"--sustained {given}"):
+            bench.seconds_of(given)
 
 
 def test_report_draws_the_page_again(tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from evals import device, latency
+from evals import latency
 from evals.accuracy import compare_answers, evaluate, split_margins
 from evals.easy_vqa import Question, load
 from evals.gather import bundle_record
@@ -37,7 +35,7 @@ def measured(bundles: list[Path], question: Question) -> list[latency.Measured]:
         bundles, question.image_path, question.question, rounds=2, warmup=1, repeats=3, threads=1,
         decode_tokens=4, progress=seen.append,
     )  # fmt: skip
-    assert seen == ["fp32, round 1 of 2", "int8, round 1 of 2", "fp32, round 2 of 2", "int8, round 2 of 2"]
+    assert seen == ["fp32, round 1 of 2", "int8, round 1 of 2", "int8, round 2 of 2", "fp32, round 2 of 2"]
     return found
 
 
@@ -63,35 +61,26 @@ def test_ratios_are_to_the_first_bundle(measured: list[latency.Measured]) -> Non
     assert measured[0].ratios == []
     assert [ratio.metric for ratio in measured[1].ratios] == list(latency.RATIOS)
     for ratio in measured[1].ratios:
-        before, after = (getattr(one.latency, ratio.metric).p50 for one in measured)
-        assert ratio.reference == "fp32" and ratio.low <= ratio.high
-        assert ratio.ratio == pytest.approx(after / before)
+        assert ratio.reference == "fp32" and ratio.low <= ratio.ratio <= ratio.high
 
 
-def test_the_measuring_process_loads_no_torch(bundles: list[Path], question: Question) -> None:
-    code = (
-        "import sys; from pathlib import Path; from evals.latency import Plan, sample; "
-        f"sample(Path({str(bundles[0])!r}), Path({str(question.image_path)!r}), 'what?', "
-        "Plan(threads=1, warmup=0, repeats=1, decode_tokens=1)); "
-        "print([name for name in ('torch', 'transformers', 'matplotlib', 'jinja2') if name in sys.modules])"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_dropped_page_cache_is_said(bundles: list[Path], question: Question) -> None:
-    found = latency.measure(
-        bundles[0], question.image_path, question.question, warmup=0, repeats=1, threads=1, decode_tokens=1,
-        drop_cache=True,
-    )  # fmt: skip
-    assert found.page_cache == "dropped"
-
-
-def test_the_childs_error_is_the_users_error(tmp_path: Path, question: Question) -> None:
-    with pytest.raises(PocketError, match=r"measuring process failed: .*no manifest\.json") as caught:
-        latency.measure(tmp_path, question.image_path, "what?", repeats=1)
+def test_the_childs_error_is_the_users_error(bundles: list[Path], tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_text("no picture")
+    with pytest.raises(PocketError, match=r"measuring process failed: .*not an image") as caught:
+        latency.measure_all([bundles[0]], picture, "what?", rounds=1, repeats=1, threads=1)
     assert "\n" not in str(caught.value)
+
+
+def test_one_round_has_no_ratios_and_a_dropped_page_cache_is_said(
+    bundles: list[Path], question: Question
+) -> None:
+    found = latency.measure_all(
+        bundles, question.image_path, question.question, rounds=1, warmup=0, repeats=1, threads=1,
+        decode_tokens=1, drop_cache=True,
+    )  # fmt: skip
+    assert [one.ratios for one in found] == [[], []]
+    assert found[0].latency.page_cache == "dropped"
 
 
 def test_nothing_to_measure_is_refused(question: Question) -> None:
@@ -129,20 +118,3 @@ def test_the_exported_bundle_answers_as_its_checkpoint(bundles: list[Path], tiny
     rough = compare_answers(expected, results[1], margins=margins)
     assert set(margins) <= {flip.id for flip in rough.differing}
     assert all(margin >= 0 for margin in margins.values())
-
-
-def test_the_device_sheet_reads_what_linux_offers(tmp_path: Path) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nmodel\t\t: 33\nmodel name\t: Chip 5\n")
-    (tmp_path / "proc/meminfo").write_text("MemTotal:  2048 kB\n")
-    (tmp_path / "proc/self/status").write_text("VmPeak:\t 9 kB\nVmHWM:\t  51200 kB\n")
-    governor = tmp_path / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
-    governor.parent.mkdir(parents=True)
-    governor.write_text("powersave\n")
-    found = device.describe(["numpy", "no-such-package"], tmp_path / "proc", tmp_path / "sys")
-    assert (found.cpu, found.memory_mib, found.governor) == ("Chip 5", 2.0, "powersave")
-    assert list(found.packages) == ["numpy"] and found.cores >= 1
-    assert device.peak_rss_mib(tmp_path / "proc") == 50.0
-    bare = device.describe([], tmp_path, tmp_path)
-    assert bare.memory_mib is None and bare.governor is None and bare.cpu
-    assert 1 < device.peak_rss_mib(tmp_path) < 100_000
