@@ -93,6 +93,13 @@ class ImageFeatures:
         return len(self.tokens)
 
 
+def features_of(view: View, found: Sequence[NDArray[Any]]) -> ImageFeatures:
+    """Features of one view from the vision part's outputs: its features, and deepstack's if there are any."""
+    features, *stack = (each.astype(np.float32, copy=False) for each in found)
+    features = features.reshape(-1, features.shape[-1])
+    return ImageFeatures(features, (view.grid,), stack[0].reshape(-1, *features.shape) if stack else None)
+
+
 def join_features(views: Sequence[ImageFeatures]) -> ImageFeatures:
     """The features of several views (or pictures) as one, in their order."""
     if len(views) == 1:

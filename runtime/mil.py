@@ -51,14 +51,10 @@ class Program:
         Raises BundleError when it is damaged, no ML program, or has an operation that is not known.
         """
         package = Path(path)
-        model_path = _model_path(package)
+        model, weights = _read(package)
         try:
-            if model_path.stat().st_size > _MODEL_BYTES:
-                raise WireError("is far larger than a program without its weights")
-            model = parse(model_path.read_bytes())
-            weights = WeightFiles(model_path)
             return cls(package.name, model, weights, store or Store(), rounded)
-        except (OSError, WireError, ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BundleError(f"{package.name}: {error}; re-export") from error
 
     @property
@@ -102,12 +98,31 @@ class Program:
         return self._evaluators[name]
 
 
+def signatures(path: Path | str) -> dict[str, dict[str, TensorType]]:
+    """The inputs of each function of a package, states left out, whether or not it can be evaluated here."""
+    model, _ = _read(Path(path))
+    return {
+        name: {key: kind for key, kind in function.inputs.items() if not kind.is_state}
+        for name, function in model.functions.items()
+    }
+
+
 def zeros(kind: TensorType) -> Array:
     """An array for values of a type, as the evaluator holds them."""
     sizes = [size for size in kind.shape if size is not None]
     if len(sizes) != len(kind.shape):
         raise BundleError(f"a state has the moving shape {kind}; re-export")
     return np.zeros(sizes, np.float32 if kind.dtype == "float16" else kind.numpy)
+
+
+def _read(package: Path) -> tuple[Model, WeightFiles]:
+    path = _model_path(package)
+    try:
+        if path.stat().st_size > _MODEL_BYTES:
+            raise WireError("is far larger than a program without its weights")
+        return parse(path.read_bytes()), WeightFiles(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{package.name}: {path.name}: {error}; re-export") from error
 
 
 def _model_path(package: Path) -> Path:

@@ -2,7 +2,7 @@
 
 In: stored arrays, values under a byte in a whole one. Out: the dense array, in the type of its scales or
 table. Not here: reading them (`runtime/mil_weights.py`).
-Definitions: coremltools, `converters/mil/mil/ops/defs`, iOS16/constexpr_ops.py and iOS18/compression.py; those of
+Definitions: coremltools, `converters/mil/mil/ops/defs`, in constexpr_ops.py and compression.py; those of
 iOS 16 have the packed bytes and the shape of the result, those of iOS 18 have shaped arrays.
 """
 

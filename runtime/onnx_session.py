@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.image import ImageFeatures, View, join_features
+from runtime.image import ImageFeatures, View, features_of, join_features
 from runtime.manifest import Manifest
 from runtime.onnx_state import Decoder, step_inputs, types_input
 from runtime.providers import PartOpener, ProviderReport, RunSettings
@@ -60,9 +60,7 @@ class OnnxBackend:
         part, deepstack = self._manifest.part("vision_encoder"), self._manifest.deepstack
         inputs = {spec.name: view.inputs[spec.name].astype(spec.dtype, copy=False) for spec in part.inputs}
         names = ["image_features", *([deepstack.output] if deepstack else [])]
-        features, *stack = (found.astype(np.float32, copy=False) for found in self._vision.run(names, inputs))
-        features = features.reshape(-1, features.shape[-1])
-        return ImageFeatures(features, (view.grid,), stack[0].reshape(-1, *features.shape) if stack else None)
+        return features_of(view, self._vision.run(names, inputs))
 
     def rewind(self, length: int) -> int:
         """Go back to `length` tokens or as near before as the state can; the length that is left."""

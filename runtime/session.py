@@ -402,6 +402,10 @@ def _backend(directory: Path, manifest: Manifest, settings: RunSettings, context
         from runtime.gguf_session import GgufBackend
 
         return GgufBackend(directory, manifest, settings, context)
+    if manifest.format == "coreml":
+        from runtime.coreml_session import CoremlBackend
+
+        return CoremlBackend(directory, manifest, settings)
     from runtime.onnx_session import OnnxBackend
 
     return OnnxBackend(directory, manifest, settings, context)

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backend import RowsState
+from runtime.chunks import Chunk, cut, padded
 from runtime.errors import BundleError
-from runtime.image import ImageFeatures, View, join_features
+from runtime.image import ImageFeatures, View, features_of
 from runtime.manifest import Manifest, Part, StateTensor
 from runtime.providers import PartOpener, RunSettings
 
@@ -57,10 +58,7 @@ class StaticBackend:
         part, deepstack = self._manifest.part("vision_encoder"), self._manifest.deepstack
         inputs = {spec.name: _as(spec.dtype, view.inputs[spec.name]) for spec in part.inputs}
         names = ["image_features", *([deepstack.output] if deepstack else [])]
-        found = self.run("vision_encoder", names, inputs)
-        features, *stack = (each.astype(np.float32, copy=False) for each in found)
-        features = features.reshape(-1, features.shape[-1])
-        return ImageFeatures(features, (view.grid,), stack[0].reshape(-1, *features.shape) if stack else None)
+        return features_of(view, self.run("vision_encoder", names, inputs))
 
     @property
     def state_bytes(self) -> int:
@@ -82,18 +80,10 @@ class StaticBackend:
 
     def extend(self, ids: TokenIds, positions: TokenIds, images: Sequence[ImageFeatures]) -> Floats:
         """Append ids (S,) at positions (rows, S), chunk by chunk; logits (vocab,) of the last."""
-        joined = join_features(images) if images else None
-        is_image = ids == self._manifest.merge.token
-        # the how-manieth image token each one is, for the features that belong to a chunk
-        nth = np.cumsum(is_image) - 1
+        sizes = [min(self._static.chunk, len(ids) - n) for n in range(0, len(ids), self._static.chunk)]
         logits: NDArray[Any] = np.zeros(0, np.float32)
-        for first in range(0, len(ids), self._static.chunk):
-            part = slice(first, min(first + self._static.chunk, len(ids)))
-            places = np.flatnonzero(is_image[part])
-            chosen = nth[part][places]
-            features = None if joined is None else joined.tokens[chosen]
-            stack = None if joined is None or joined.deepstack is None else joined.deepstack[:, chosen]
-            logits = self._chunk(ids[part], positions[:, part], places, features, stack)
+        for chunk in cut(ids, positions, images, self._manifest.merge.token, sizes):
+            logits = self._chunk(chunk)
         return logits.reshape(-1).astype(np.float32)
 
     def close(self) -> None:
@@ -107,32 +97,21 @@ class StaticBackend:
             values.update(self._values)
         return [value.numpy() for value in self._runs[role].run_with_ort_values(outputs, values)]
 
-    def _chunk(
-        self,
-        ids: TokenIds,
-        positions: TokenIds,
-        places: NDArray[np.int64],
-        features: Floats | None,
-        stack: Floats | None,
-    ) -> NDArray[Any]:
-        """Append at most one chunk of ids (n,); `features` (m, hidden) and `stack` go to `places` (m,)."""
-        role, count = ("decoder" if len(ids) == 1 else "decoder_prefill"), len(ids)
-        embeds = self._embeddings(ids)
-        if features is not None:
-            embeds[0, places] = features
-        wanted = self._steps[role]
+    def _chunk(self, chunk: Chunk) -> NDArray[Any]:
+        """Append at most one chunk of the graph."""
+        role, count = ("decoder" if len(chunk) == 1 else "decoder_prefill"), len(chunk)
+        embeds = self._embeddings(chunk.ids)
+        chunk.put_features(embeds)
+        wanted, positions = self._steps[role], chunk.positions
         size = wanted["inputs_embeds"][1][1]
         step: dict[str, NDArray[Any]] = {
             "inputs_embeds": embeds[:, :size],
-            "position_ids": _padded(positions if len(positions) == 1 else positions[:, None], size),
+            "position_ids": padded(positions if len(positions) == 1 else positions[:, None], size),
             "past_mask": self._mask,
             "logits_index": np.array([count - 1]),
         }
         if deepstack := self._manifest.deepstack:
-            dense = np.zeros((deepstack.layers, 1, size, embeds.shape[-1]), np.float32)
-            if stack is not None:
-                dense[:, 0, places] = stack
-            step[deepstack.input] = dense
+            step[deepstack.input] = chunk.dense_deepstack(deepstack.layers, size, embeds.shape[-1])
         names = ["logits", *(state.output for state in self._manifest.state)]
         feeds = {name: _as(dtype, step[name]) for name, (dtype, _) in wanted.items()}
         logits, *rows = self.run(role, names, feeds)
@@ -153,14 +132,8 @@ class StaticBackend:
         """Embeddings (1, chunk, hidden) of ids (n,), padded with those of id 0."""
         part = self._manifest.part("embed_tokens")
         spec = part.inputs[0]
-        padded = _as(spec.dtype, _padded(ids[None], self._static.chunk))
-        return self.run("embed_tokens", [part.outputs[0].name], {spec.name: padded})[0]
-
-
-def _padded(values: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """(..., n) with zeros after it, to (..., size)."""
-    room = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
-    return np.pad(values, room)
+        inputs = {spec.name: _as(spec.dtype, padded(ids[None], self._static.chunk))}
+        return self.run("embed_tokens", [part.outputs[0].name], inputs)[0]
 
 
 def _as(dtype: str, values: NDArray[Any]) -> NDArray[Any]:

@@ -19,7 +19,7 @@ ALLOWED = {
     "distill": {"distill", "evals", "runtime"},
 }
 OURS = {*ALLOWED, "pocketvlm", "tests", "benchmarks"}
-RUNTIME_NEEDS = {"numpy", "PIL", "pydantic", "tokenizers", "onnxruntime", "llama_cpp"}
+RUNTIME_NEEDS = {"numpy", "PIL", "pydantic", "tokenizers", "onnxruntime", "llama_cpp", "coremltools"}
 NO_RUNTIME = ("scorers.py", "judge.py")  # evals modules that import neither runtime nor torch
 FAMILIES = ("smolvlm", "idefics", "qwen", "internvl", "lfm2", "gemma", "llama", "siglip")
 
