@@ -21,7 +21,7 @@ TokenIds = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Chunk:
-    """ids (n,) at positions (rows, n); at places (m,): features (m, hidden), deepstack (layers, m, hidden)."""
+    """ids (n,) at positions (rows, n); at places (m,) features (m, hidden), deepstack (layers, m, hidden)."""
 
     ids: TokenIds
     positions: TokenIds
