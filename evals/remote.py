@@ -1,0 +1,253 @@
+"""`pocketvlm bench ... --on ssh://user@host`: the same bench, run on a device, with the same results.
+
+In: a target, bundle directories here, the bench's own options. Out: `BenchResults` with `source` ssh.
+Not here: connections (`evals/remote_ssh.py`), copying (`evals/remote_sync.py`), Python there
+(`evals/remote_setup.py`), the job (`evals/remote_job.py`), measuring (the bench that runs there).
+
+Nothing of a run that fails is written here, and everything that reached the device stays there: the same
+command goes on. `docs/devices.md` is the user's page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evals import bench_results, remote_job, remote_setup, remote_ssh, remote_sync, remote_wheel
+from evals.bench_results import BenchResults
+from evals.remote_job import State
+from evals.remote_setup import BACKENDS, Facts
+from evals.remote_ssh import DeviceError, Ssh
+from evals.remote_sync import Local
+from runtime import bundle as bundle_files
+from runtime.errors import InputError
+
+FOLDER = ".cache/pocketvlm"
+"""Where things go on a device, below its user's home."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a device is used. folder: absolute or below home. python: an interpreter there that has the
+    packages; None: a venv is made. wheels: a folder here to install from, for a device without a network.
+    clean: delete everything there at the end."""
+
+    folder: str = FOLDER
+    python: str | None = None
+    wheels: Path | None = None
+    clean: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to bench there. A `Path` among the arguments is a file here, which is copied."""
+
+    bundles: tuple[Path, ...]
+    arguments: tuple[str | Path, ...] = ()
+    formats: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises InputError, BundleError before anything is sent."""
+        names = [path.resolve().name for path in self.bundles]
+        if len(set(names)) < len(names):
+            raise InputError(f"bench --on: two bundles have one directory name: {', '.join(names)}")
+        found = tuple(bundle_files.read(path).format for path in self.bundles)
+        for path, name in zip(self.bundles, found, strict=True):
+            if name not in BACKENDS:
+                raise InputError(
+                    f"{path}: is {name}; a device behind ssh runs {' and '.join(BACKENDS)} bundles"
+                )
+        for argument in self.arguments:
+            if isinstance(argument, Path) and not argument.is_file():
+                raise InputError(f"{argument}: is no file here")
+        object.__setattr__(self, "formats", found)
+
+
+def bench(url: str, request: Request, settings: Settings = Settings(), tell: Tell = print) -> BenchResults:
+    """Run the bench on the device; its results, marked with where they come from.
+
+    Raises DeviceError, InputError, PocketError; after any of them the same call goes on where it was.
+    """
+    target = remote_ssh.parse(url)
+    if settings.wheels is not None and not settings.wheels.is_dir():
+        raise InputError(f"--on-wheels {settings.wheels}: is no directory here")
+    tell(f"connecting to {target}")
+    with tempfile.TemporaryDirectory() as scratch, Ssh(target) as ssh:
+        wheel = remote_wheel.write(Path(scratch))
+        facts = remote_setup.probe(ssh)
+        folder = posixpath.normpath(posixpath.join(facts.home, settings.folder))
+        remote_setup.claim(ssh, folder)
+        place = _Place(ssh, folder, facts, request, settings, wheel, tell)
+        results = place.results()
+        if settings.clean:
+            tell(f"deleting {folder} there")
+            remote_setup.remove(ssh, folder)
+    return results
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One bench at one device."""
+
+    ssh: Ssh
+    folder: str
+    facts: Facts
+    request: Request
+    settings: Settings
+    wheel: Path
+    tell: Tell
+
+    def results(self) -> BenchResults:
+        job_id, job = self.job_id(), remote_job.look(self.ssh, self.folder)
+        if job.state is State.RUNNING and job.id != job_id:
+            raise DeviceError(
+                f"{self.ssh.target}: another bench runs there in {self.folder}; wait for it, or end it: "
+                f"kill $(cat {self.folder}/run/pid)"
+            )
+        if job.id != job_id and job.id:
+            remote_job.stop(self.ssh, self.folder)
+        if job.id == job_id and job.state is State.RUNNING:
+            self.tell("this bench runs there already; following it")
+        elif job.id == job_id and job.state is State.ENDED and self.ended_well():
+            self.tell("this bench has ended there; fetching its results")
+        else:
+            python = self.prepare()
+            self.tell("measuring")
+            remote_job.start(self.ssh, self.folder, job_id, self.command(python), [], self.facts)
+        code = remote_job.follow(self.ssh, self.folder, self.facts.boot_id, self.tell)
+        if code:
+            words = remote_job.failure(self.ssh, self.folder, code)
+            raise DeviceError(f"{self.ssh.target}: the bench there: {words}")
+        results = marked(self.fetch(), self.facts)
+        remote_job.stop(self.ssh, self.folder)
+        return results
+
+    def job_id(self) -> str:
+        """What was asked: bundles, arguments, code. Results of anything else are never taken for it."""
+        asked = {
+            "bundles": {path.resolve().name: bundle_files.digest(path) for path in self.request.bundles},
+            "arguments": [
+                str(one) if isinstance(one, str) else hashlib.sha256(one.read_bytes()).hexdigest()
+                for one in self.request.arguments
+            ],
+            "wheel": self.wheel.name,
+            "python": self.settings.python,
+        }
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+    def ended_well(self) -> bool:
+        path = posixpath.join(self.folder, "run", "rc")
+        return self.ssh.read(path).strip() == b"0"
+
+    # --- before it runs -------------------------------------------------
+
+    def prepare(self) -> str:
+        """Bring bundles, files and code there, and a Python that has what they need; that Python."""
+        wheel_name = f"wheel/{self.wheel.name}"
+        formats = self.request.formats
+        given = self.settings.python
+        if given is not None:
+            remote_setup.check_given(self.ssh, given, formats)
+            ready = True
+        else:
+            key = remote_setup.venv_key(wheel_name, set(formats))
+            ready = remote_setup.has_venv(self.ssh, self.folder, key)
+            if not ready:
+                remote_setup.interpreter(self.ssh)  # before anything is sent: there may be none
+        self.copy(wheel_name, 0 if ready else remote_setup.INSTALL_BYTES)
+        if given is not None:
+            remote_setup.unpack(self.ssh, self.folder, wheel_name, self.code, given)
+            return given
+        wheels = None if self.settings.wheels is None else "wheels"
+        remote_setup.make_venv(self.ssh, self.folder, wheel_name, formats, wheels, self.tell)
+        return f"{self.folder}/venv/bin/python"
+
+    def copy(self, wheel_name: str, install_bytes: int) -> None:
+        self.tell("comparing files")
+        groups: dict[str, Mapping[str, Local]] = {
+            name: remote_sync.local_files(path, name) for path, name in self.remote_bundles()
+        }
+        groups["wheel"] = {wheel_name: remote_sync.local_file(self.wheel)}
+        groups["files"] = {self.remote_file(path): remote_sync.local_file(path) for path in self.files()}
+        if self.settings.wheels is not None:
+            groups["wheels"] = remote_sync.local_files(self.settings.wheels, "wheels")
+        missing: dict[str, Local] = {}
+        for owned, wanted in groups.items():
+            missing |= remote_sync.differing(self.ssh, self.folder, wanted, owned)
+        total = sum(file.bytes for file in missing.values())
+        needs = {"to copy": total, "to install": install_bytes}
+        remote_setup.require_space(self.ssh, self.folder, needs)
+        sent = remote_sync.send(self.ssh, self.folder, missing, self.tell)
+        self.tell(f"copied {len(missing)} files, {sent} bytes" if missing else "every file is there already")
+
+    def remote_bundles(self) -> Iterable[tuple[Path, str]]:
+        return ((path, f"bundles/{path.resolve().name}") for path in self.request.bundles)
+
+    def files(self) -> list[Path]:
+        return [one for one in self.request.arguments if isinstance(one, Path)]
+
+    @staticmethod
+    def remote_file(path: Path) -> str:
+        """Two pictures of one name stay two."""
+        return f"files/{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}/{path.name}"
+
+    @property
+    def code(self) -> str:
+        """The unpacked wheel, for a given interpreter."""
+        return f"code/{self.wheel.name.removesuffix('.whl')}"
+
+    def command(self, python: str) -> list[str]:
+        start = ["env", f"PYTHONPATH={self.folder}/{self.code}"] if self.settings.python is not None else []
+        arguments = [
+            one if isinstance(one, str) else f"{self.folder}/{self.remote_file(one)}"
+            for one in self.request.arguments
+        ]
+        bundles = [f"{self.folder}/{name}" for _, name in self.remote_bundles()]
+        return [*start, python, "-m", "pocketvlm", "bench", *bundles, "--out", "bench.json", *arguments]
+
+    # --- after it -------------------------------------------------------
+
+    def fetch(self) -> BenchResults:
+        """Raises DeviceError when the bench ended well and left no readable results."""
+        data = self.ssh.read(f"{self.folder}/run/bench.json")
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "bench.json"
+            path.write_bytes(data)
+            try:
+                return bench_results.read(path)
+            except InputError as error:
+                raise DeviceError(f"{self.ssh.target}: {error}") from error
+
+
+def marked(results: BenchResults, facts: Facts) -> BenchResults:
+    """The results with where they came from, and whether an emulator made the times."""
+    sheet = results.device.model_copy(update={"extra": {**results.device.extra, **facts.extra}})
+    why = results.emulated_why or facts.emulated_why
+    return results.model_copy(
+        update={"source": "ssh", "device": sheet, "emulated": why is not None, "emulated_why": why}
+    )
+
+
+def passed_on(options: Mapping[str, tuple[str, Any, Any]], skip: Sequence[str]) -> list[str | Path]:
+    """A verb's options as the arguments of the same verb there: those that differ from their default.
+
+    options: name -> (flag, value, default). Names in `skip` concern this side only.
+    """
+    found: list[str | Path] = []
+    for name, (flag, value, default) in options.items():
+        if name in skip or value == default:
+            continue
+        if value is True:
+            found.append(flag)
+            continue
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            found += [flag, one if isinstance(one, Path) else str(one)]
+    return found
