@@ -551,9 +551,12 @@ def _require(extra: str, modules: Sequence[str]) -> None:
     pocketvlm bench bundles/student-onnx-int8 --sustained 10m --threads 1 --json
 
     pocketvlm bench bundles/student-coreml-int8 --import phone-results.json --out bench.json
+
+    pocketvlm bench bundles/student-onnx-int4 --on ssh://pi@raspberrypi.local --out pi.json
 """
 )
 def bench(
+    context: typer.Context,
     bundles: Annotated[
         list[Path] | None, typer.Argument(help="Bundle directories; ratios are to the first one.")
     ] = None,
@@ -592,14 +595,38 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Write bench.json there; the same command goes on if interrupted.")
     ] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Measure on that device instead.")
+    ] = None,
+    on_dir: Annotated[
+        str | None, typer.Option(help="Folder there, absolute or below home; default: .cache/pocketvlm.")
+    ] = None,
+    on_python: Annotated[
+        str | None, typer.Option(help="An interpreter there that has the packages; default: a venv is made.")
+    ] = None,
+    on_wheels: Annotated[
+        Path | None, typer.Option(help="Folder of wheels here to install there, without a network.")
+    ] = None,
+    on_clean: Annotated[
+        bool, typer.Option("--on-clean", help="Afterwards delete everything that was put there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print bench.json instead of tables.")] = False,
 ) -> None:
     """Measure load, stages, first text, tokens a second, memory, bytes and energy, in fresh processes."""
     from evals import bench as benches
     from evals import bench_import, bench_results
 
+    if results is not None and on is not None:
+        raise InputError("--import and --on: one of the two; results are read, or measured on a device")
     if results is not None:
         found = bench_import.read(results, bundles or ())
+    elif on is not None:
+        from evals import remote
+
+        settings = remote.Settings(on_dir or remote.FOLDER, on_python, on_wheels, on_clean)
+        request = remote.Request(tuple(bundles or ()), remote.passed_on(context))
+        with _progress("bench") as progress:
+            found = remote.bench(on, request, settings, progress)
     else:
         for bundle in bundles or ():
             _require_backend(bundle)
@@ -712,7 +739,7 @@ def evaluate(
     """Ask models a task's questions: scores with intervals, flips, parity; paths of the results on stdout."""
     from rich.console import Console
 
-    from evals import eval_command, eval_tables
+    from evals import brittleness, eval_command, eval_tables, parity_table
 
     console = Console(stderr=True, highlight=False, markup=False)
     request = eval_command.Request(
@@ -733,10 +760,13 @@ def evaluate(
         command=" ".join(["pocketvlm", *sys.argv[1:]]),
     )
     done = eval_command.run(request, out, console, _require_model)
-    for table in (eval_tables.scores(done.evaluation), eval_tables.changes(done.evaluation)):
+    parity_table_found = parity_table.table(done.parity) if done.parity else None
+    shown = (eval_tables.scores, eval_tables.changes, brittleness.table)
+    for table in (*(each(done.evaluation) for each in shown), parity_table_found):
         if table is not None:
             console.print(table)
-    for line in eval_tables.lines(done.evaluation):
+    lines = [*eval_tables.lines(done.evaluation), *brittleness.lines(done.evaluation)]
+    for line in [*lines, *(parity_table.lines(done.parity) if done.parity else ())]:
         console.print(f"- {line}", soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(eval_command.summary(done)))

@@ -14,7 +14,7 @@ import hashlib
 import json
 import posixpath
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Request:
     def __post_init__(self) -> None:
         """Raises InputError, BundleError before anything is sent."""
         names = [path.resolve().name for path in self.bundles]
+        if not names:
+            raise InputError("bench --on: got no bundle; give one or more bundle directories")
         if len(set(names)) < len(names):
             raise InputError(f"bench --on: two bundles have one directory name: {', '.join(names)}")
         found = tuple(bundle_files.read(path).format for path in self.bundles)
@@ -120,9 +122,10 @@ class _Place:
             self.tell("this bench has ended there; fetching its results")
         else:
             python = self.prepare()
-            self.tell("measuring")
             remote_job.start(self.ssh, self.folder, job_id, self.command(python), [], self.facts)
-        code = remote_job.follow(self.ssh, self.folder, self.facts.boot_id, self.tell)
+        code = remote_job.follow(
+            self.ssh, self.folder, self.facts.boot_id, lambda line: self.tell(line.removeprefix("bench: "))
+        )
         if code:
             words = remote_job.failure(self.ssh, self.folder, code)
             raise DeviceError(f"{self.ssh.target}: the bench there: {words}")
@@ -211,7 +214,17 @@ class _Place:
             for one in self.request.arguments
         ]
         bundles = [f"{self.folder}/{name}" for _, name in self.remote_bundles()]
-        return [*start, python, "-m", "pocketvlm", "bench", *bundles, "--out", "bench.json", *arguments]
+        return [
+            *start,
+            python,
+            "-m",
+            "pocketvlm",
+            "bench",
+            *bundles,
+            "--out=bench.json",
+            "--json",
+            *arguments,
+        ]
 
     # --- after it -------------------------------------------------------
 
@@ -236,18 +249,27 @@ def marked(results: BenchResults, facts: Facts) -> BenchResults:
     )
 
 
-def passed_on(options: Mapping[str, tuple[str, Any, Any]], skip: Sequence[str]) -> list[str | Path]:
-    """A verb's options as the arguments of the same verb there: those that differ from their default.
+HERE_ONLY = ("bundles", "out", "as_json", "results", "on", "on_dir", "on_python", "on_wheels", "on_clean")
+"""What of the verb's parameters concerns this side; every other one is the device's."""
 
-    options: name -> (flag, value, default). Names in `skip` concern this side only.
+FILES = ("image",)
+"""Parameters of the verb that name a file here."""
+
+
+def passed_on(context: Any) -> tuple[str | Path, ...]:
+    """The verb's options as the arguments of the same verb there: those that differ from their default.
+
+    `context`: typer's.
     """
     found: list[str | Path] = []
-    for name, (flag, value, default) in options.items():
-        if name in skip or value == default:
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        if parameter.name in HERE_ONLY or value is None or value == parameter.default:
             continue
-        if value is True:
-            found.append(flag)
+        flag = parameter.opts[0]
+        if isinstance(value, bool):
+            found.append(flag if value else parameter.secondary_opts[0])
             continue
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            found += [flag, one if isinstance(one, Path) else str(one)]
-    return found
+            found += [flag, Path(one) if parameter.name in FILES else str(one)]
+    return tuple(found)
