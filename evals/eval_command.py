@@ -80,6 +80,8 @@ def run(request: Request, out: Path | None, console: Console, require: Callable[
     InputError and what `eval_run.run` and `parity_run.run` raise.
     """
     judge = _judge(request)
+    if request.parity and len(request.models) < 2:
+        raise InputError("--parity: wanted a checkpoint and what to hold against it; name a bundle, too")
     models = subjects.describe_all([*request.models, *request.teachers])
     for model in models:
         require(model)
@@ -128,7 +130,7 @@ def _parity(
 ) -> ParityResults:
     """The given models against the first of them; teachers are other models and stay out."""
     own = models[: len(request.models)]
-    asked = task if request.limit else task.limited(PARITY_QUESTIONS)
+    asked = task if request.limit else parity_run.spread(task, PARITY_QUESTIONS)
     console.print(f"eval: parity over {len(asked.questions)} questions", highlight=False)
     return parity_run.run(
         own[0],
@@ -137,6 +139,7 @@ def _parity(
         folder / "parity.json",
         settings=parity_run.Settings(threads=request.threads),
         command=request.command,
+        progress=_Bars(console),
     )
 
 

@@ -104,7 +104,7 @@ class _Pocket(lmms):
         """Refused: a round's question depends on the answer before it, by rules of each task."""
         raise NotImplementedError("pocketvlm: tasks of several rounds are not supported")
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Refused for messages, as in the harness itself."""
         raise NotImplementedError("pocketvlm: tasks that compare given answers need --force_simple")
 
@@ -163,9 +163,12 @@ class PocketSimple(_Pocket):
         context, wanted, to_pictures, number, task, split = args
         return _pictures(to_pictures(self._document(task, split, number))), context, [], wanted
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """(loss, greedy) of each given answer: the mean negative log-likelihood of its tokens, which the
-        harness's own models return under this name, and whether each was the likeliest."""
+        harness's own models return under this name, and whether each was the likeliest.
+
+        Wrapped, because the evaluator of 0.7.3 turns a bare pair into a text that its tasks cannot read.
+        """
         found = []
         for request in tqdm(requests, desc="pocketvlm", disable=self.rank != 0):
             context, answer, *more = request.args
@@ -175,7 +178,7 @@ class PocketSimple(_Pocket):
                 document = self._document(task, split, number)
                 pictures = _pictures(to_pictures(document))
                 answer = answer(document) if callable(answer) else answer
-            found.append(self._loss(context, str(answer), pictures))
+            found.append(GenerationResult(self._loss(context, str(answer), pictures)))
         return found
 
     def _loss(self, context: str, answer: str, pictures: Sequence[Any]) -> tuple[float, bool]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import itertools
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from evals import parity_figures, parity_results
 from evals.parity_results import Asked, Candidate, Forced, Numerics, ParityResults, Reference
@@ -33,7 +34,12 @@ ROWS_VERSION = 1
 """Raise it with any change of what a row or a kept file holds."""
 MAX_TOKENS = 32
 PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "coremltools", "numpy", "pillow")
-Progress = Callable[[str], None]
+
+
+class Progress(Protocol):
+    """Told of every case: the model, how many cases it has done, of how many."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def run(
         raise InputError(f"{task.name}: has no questions; give a task with some")
     if not candidates:
         raise InputError(f"--parity: only {reference.path} was given; name a bundle to compare with it")
-    work = _Work(out, reference, task, options, progress or (lambda _: None))
+    work = _Work(out, reference, task, options, progress)
     with files.lock(work.root):
         files.remove_stale(work.root)
         backend = work.ask_reference(candidates)
@@ -93,11 +99,24 @@ def run(
     return results
 
 
+def spread(task: Task, most: int) -> Task:
+    """At most `most` questions over as many images as can be: one of each image, evenly, then the next."""
+    groups: dict[str, list[int]] = {}
+    for place, one in enumerate(task.questions):
+        groups.setdefault(one.group, []).append(place)
+    kept: list[int] = []
+    for turn in itertools.zip_longest(*groups.values()):
+        row = [place for place in turn if place is not None]
+        room = most - len(kept)
+        kept += row if len(row) <= room else [row[i * len(row) // room] for i in range(room)]
+    return replace(task, questions=tuple(task.questions[place] for place in sorted(kept)))
+
+
 class _Work:
     """The run's own directory beside its result: what the reference did, and a row per candidate and case."""
 
     def __init__(
-        self, out: Path, reference: Model, task: Task, options: Settings, progress: Progress
+        self, out: Path, reference: Model, task: Task, options: Settings, progress: Progress | None
     ) -> None:
         key = files.sha256_json(
             [ROWS_VERSION, reference.sha256, task.sha256, options.max_tokens, options.labels]
@@ -124,12 +143,12 @@ class _Work:
         with self.reference.open(threads=self.options.threads) as session:
             seen, backend = Seen(session), backend_of(session, self.reference)
             files.write_json(told, backend)
-            for done, (number, question) in enumerate(lacking):
-                self.progress(f"{self.reference.name}: {done + 1} of {len(lacking)}")
+            for done, (number, question) in enumerate(lacking, 1):
                 kept = keep(
                     seen, question, self.kept, most=self.options.max_tokens, label=self.options.labels
                 )
                 kept.write(self._kept(number))
+                self._tell(self.reference.name, done, len(lacking))
         del session, seen
         gc.collect()
         return backend
@@ -156,14 +175,14 @@ class _Work:
             seen = Seen(session)
             reason = str(getattr(session, "emulated", "") or "")
             files.write_json(told, {"backend": backend_of(session, model), "emulated": reason})
-            for done, number in enumerate(lacking):
-                self.progress(f"{model.name}: {done + 1} of {len(lacking)}")
+            for done, number in enumerate(lacking, 1):
                 question = self.task.questions[number]
                 try:
                     row = hold(seen, question, Kept.read(self._kept(number)), self.kept)
                 except InputError as error:
                     raise InputError(f"question {question.id}: {error}") from error
                 files.write_shard(self._row(model, number), [row])
+                self._tell(model.name, done, len(lacking))
         gc.collect()
 
     def _figures(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -190,6 +209,10 @@ class _Work:
                 [(row["id"], asked[row["id"]], row["forced"]["reference-greedy"]) for row in rows]
             ),
         }
+
+    def _tell(self, name: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(f"parity: {name}", done, total)
 
     def _kept(self, number: int) -> Path:
         return self.kept / f"{number:06d}.npz"
