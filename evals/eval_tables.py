@@ -16,16 +16,15 @@ SIGNIFICANT = 0.05
 
 
 def scores(results: EvalResults) -> Table:
-    """One row a subject and variant."""
+    """One row a subject; variants have a table of their own (`evals/brittleness.py`)."""
     task = results.task
     table = Table(title=f"{task.name}, {task.split}: {task.questions} questions, {task.scorer}")
-    for name in ("model", "variant", "score", "95 %", "right", "cut", "not asked"):
-        table.add_column(name, justify="left" if name in ("model", "variant") else "right", overflow="fold")
+    for name in ("model", "score", "95 %", "right", "cut", "not asked"):
+        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
     for one in results.summaries:
-        if not one.category:
+        if not one.category and one.variant == ORIGINAL:
             table.add_row(
                 one.subject,
-                one.variant,
                 fmt.percent(one.value),
                 fmt.interval(one.low, one.high),
                 f"{one.right}/{one.units}",
@@ -36,17 +35,18 @@ def scores(results: EvalResults) -> Table:
 
 
 def changes(results: EvalResults) -> Table | None:
-    """Models against the first one, and variants against the questions as they are; None without any."""
-    if not results.changes:
+    """Models against the first one, on the questions as they are; None without any."""
+    compared = [one for one in results.changes if one.variant == one.reference_variant == ORIGINAL]
+    if not compared:
         return None
     table = Table(title="changes, in points")
     for name in ("reference", "candidate", "difference", "95 %", "lost", "won", "McNemar", "same text"):
         left = name in ("reference", "candidate")
         table.add_column(name, justify="left" if left else "right", overflow="fold")
-    for one in results.changes:
+    for one in compared:
         table.add_row(
-            _called(one.reference, one.reference_variant),
-            _called(one.candidate, one.variant),
+            one.reference,
+            one.candidate,
             fmt.points(one.difference),
             f"{fmt.points(one.low)} {fmt.DASH} {fmt.points(one.high)}",
             fmt.count(one.right_to_wrong),
@@ -67,10 +67,6 @@ def lines(results: EvalResults) -> Iterator[str]:
             yield _sentence(one)
     for gap in results.missing:
         yield f"{gap.what}: {gap.why}"
-
-
-def _called(subject: str, variant: str) -> str:
-    return subject if variant == ORIGINAL else f"{subject}, {variant}"
 
 
 def _sentence(one: Change) -> str:

@@ -14,50 +14,44 @@ from evals.parity_results import Candidate, Estimate, ParityResults
 
 FEW_GROUPS = 20
 """Below so many images a bootstrap interval is too narrow to rely on."""
-COLUMNS = (
-    "model",
-    "pixels",
-    "ids",
-    "KL mean",
-    "median",
-    "p99",
-    "top-1",
-    "perplexity",
-    "same prefix",
-    "same answer",
-)
 
 
 def table(results: ParityResults) -> Table:
-    """A row for each candidate, on the reference's own answers; KL in nats."""
+    """A column for each candidate, on the reference's own answers; KL in nats."""
     asked = results.asked
     title = f"against {results.reference.name} ({results.reference.precision}): {asked.cases} questions"
     found = Table(title=title)
-    for name in COLUMNS:
-        found.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
-    for one in results.candidates:
-        found.add_row(one.name, *(_row(one) if one.error is None else ["not measured"]))
+    found.add_column("")
+    shown = [one for one in results.candidates if one.error is None]
+    for one in shown:
+        found.add_column(one.name, justify="right", overflow="fold")
+    columns = [_figures(one) for one in shown]
+    for name in columns[0] if columns else ():
+        found.add_row(name, *(column[name] for column in columns))
     return found
 
 
-def _row(one: Candidate) -> list[str]:
-    seen, figures, greedy = one.preprocessing, one.on("reference-greedy"), one.greedy
-    assert seen is not None and figures is not None and greedy is not None  # there without an error
-    pixels = "equal" if seen.images_equal == seen.images else f"{seen.images_equal}/{seen.images}"
-    if seen.images_compared == 0:
-        pixels = "none" if seen.images == 0 else "not compared"
-    return [
-        pixels,
-        "equal" if seen.prompts_equal == seen.prompts else f"{seen.prompts_equal}/{seen.prompts}",
-        fmt.significant(figures.kl_mean.value),
-        fmt.significant(figures.kl_median),
-        fmt.significant(figures.kl_p99),
-        fmt.percent(figures.top1_agreement.value),
-        f"{fmt.MINUS if figures.perplexity_ratio.value < 1 else '+'}"
-        f"{fmt.percent(abs(figures.perplexity_ratio.value - 1), 2)}",
-        fmt.percent(greedy.prefix_share.value),
-        fmt.percent(greedy.whole_equal.value),
-    ]
+def _figures(one: Candidate) -> dict[str, str]:
+    seen, found, greedy = one.preprocessing, one.on("reference-greedy"), one.greedy
+    assert seen is not None and found is not None and greedy is not None  # there without an error
+    ratio = found.perplexity_ratio.value - 1
+    return {
+        "same pixels": _share(seen.images_equal, seen.images_compared, seen.images),
+        "same prompt ids": _share(seen.prompts_equal, seen.prompts, seen.prompts),
+        "KL mean": fmt.significant(found.kl_mean.value),
+        "KL median": fmt.significant(found.kl_median),
+        "KL p99": fmt.significant(found.kl_p99),
+        "top-1 agreement": fmt.percent(found.top1_agreement.value),
+        "perplexity": f"{fmt.MINUS if ratio < 0 else '+'}{fmt.percent(abs(ratio), 2)}",
+        "equal prefix": fmt.percent(greedy.prefix_share.value),
+        "equal answers": fmt.percent(greedy.whole_equal.value),
+    }
+
+
+def _share(equal: int, compared: int, every: int) -> str:
+    if compared < every:
+        return f"{equal} of {compared}, {every - compared} not compared"
+    return "all" if equal == every else f"{equal} of {every}"
 
 
 def lines(results: ParityResults) -> Iterator[str]:
