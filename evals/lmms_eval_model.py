@@ -15,7 +15,7 @@ are refused, not approximated. Every request is answered afresh: nothing depends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,13 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 from tqdm import tqdm
 
+from evals.lmms_eval_requests import generation_options, pictures_of, turns
 from evals.parity import forced_logits, log_softmax
-from runtime import GenerationOptions, Turn, open_bundle
+from runtime import Turn, open_bundle
 from runtime.errors import InputError
 
 MAX_NEW_TOKENS = 256
 """Where a task does not say."""
-IGNORED = frozenset({"num_beams", "use_cache", "pad_token_id", "eos_token_id", "image_aspect_ratio", "seed"})
-Messages = Sequence[Mapping[str, Any]]
 
 
 def manifest() -> ModelManifest:
@@ -91,8 +90,9 @@ class _Pocket(lmms):
         """An answer to every request, in order."""
         found = []
         for request in tqdm(requests, desc="pocketvlm", disable=self.rank != 0):
-            pictures, question, history, wanted = self._asked(request.args)
-            answer = self.session.ask(pictures, question, self._options(wanted), history=history)
+            seen, question, history, wanted = self._asked(request.args)
+            options = generation_options(wanted, self.max_new_tokens, self._tell)
+            answer = self.session.ask(seen, question, options, history=history)
             counts = TokenCounts(
                 input_tokens=answer.stats.prompt_tokens, output_tokens=answer.stats.new_tokens
             )
@@ -115,26 +115,6 @@ class _Pocket(lmms):
     def _document(self, task: str, split: str, number: Any) -> Any:
         return self.task_dict[task][split][number]
 
-    def _options(self, wanted: Mapping[str, Any]) -> GenerationOptions:
-        """The harness's generation arguments, whose names are those of transformers' `generate`."""
-        given = {key: value for key, value in wanted.items() if value is not None}
-        until = given.pop("until", ())
-        sample = given.pop("do_sample", None)
-        temperature = float(given.pop("temperature", 1.0 if sample else 0.0))
-        options: dict[str, Any] = {
-            "max_new_tokens": int(given.pop("max_new_tokens", self.max_new_tokens)),
-            "temperature": 0.0 if sample is False else temperature,
-            "stop": tuple(one for one in ([until] if isinstance(until, str) else until) if one),
-        }
-        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
-            if name in given:
-                options[name] = given.pop(name)
-        if given.get("num_beams", 1) != 1:
-            self._tell(f"num_beams {given['num_beams']}: answers are greedy or sampled, without beams")
-        for name in sorted(set(given) - IGNORED):
-            self._tell(f"generation argument {name!r} is not known and has no effect")
-        return GenerationOptions(**options)
-
     def _tell(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
@@ -149,9 +129,10 @@ class PocketChat(_Pocket):
     def _asked(self, args: tuple[Any, ...]) -> tuple[list[Any], str, list[Turn], Mapping[str, Any]]:
         _, to_messages, wanted, number, task, split = args
         messages = to_messages(self._document(task, split, number))
-        pictures, question, earlier = turns(messages, self._tell)
-        history = [Turn(asked, said, tuple(map(self.session.prepare, seen))) for seen, asked, said in earlier]
-        return pictures, question, history, wanted
+        seen, question, earlier = turns(messages, self._tell)
+        prepare = self.session.prepare
+        history = [Turn(asked, said, tuple(map(prepare, old))) for old, asked, said in earlier]
+        return seen, question, history, wanted
 
 
 class PocketSimple(_Pocket):
@@ -161,7 +142,12 @@ class PocketSimple(_Pocket):
 
     def _asked(self, args: tuple[Any, ...]) -> tuple[list[Any], str, list[Turn], Mapping[str, Any]]:
         context, wanted, to_pictures, number, task, split = args
-        return _pictures(to_pictures(self._document(task, split, number))), context, [], wanted
+        return (
+            pictures_of(to_pictures(self._document(task, split, number))),
+            context,
+            [],
+            wanted,
+        )
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """(loss, greedy) of each given answer: the mean negative log-likelihood of its tokens, which the
@@ -176,7 +162,7 @@ class PocketSimple(_Pocket):
             if more:
                 to_pictures, number, task, split = more
                 document = self._document(task, split, number)
-                pictures = _pictures(to_pictures(document))
+                pictures = pictures_of(to_pictures(document))
                 answer = answer(document) if callable(answer) else answer
             found.append(GenerationResult(self._loss(context, str(answer), pictures)))
         return found
@@ -192,59 +178,6 @@ class PocketSimple(_Pocket):
         scores = log_softmax(np.asarray(logits, np.float64))
         loss = -float(np.mean(scores[np.arange(len(tokens)), tokens]))
         return loss, bool((logits.argmax(axis=1) == tokens).all())
-
-
-def turns(
-    messages: Messages, tell: Callable[[str], None]
-) -> tuple[list[Any], str, list[tuple[list[Any], str, str]]]:
-    """The open question's pictures and text, and of the turns before it pictures, question and answer.
-
-    Raises InputError for what a bundle cannot be asked.
-    """
-    history: list[tuple[list[Any], str, str]] = []
-    open_turn: tuple[list[Any], str] | None = None
-    for message in messages:
-        pictures, text = _content(message, tell)
-        if message["role"] == "user" and open_turn is None:
-            open_turn = (pictures, text)
-        elif message["role"] == "assistant" and open_turn is not None and not pictures:
-            history.append((*open_turn, text))
-            open_turn = None
-        else:
-            raise InputError(
-                f"messages: cannot take a {message['role']} turn here; wanted user, assistant in turn"
-            )
-    if open_turn is None:
-        raise InputError("messages: end without a question")
-    return (*open_turn, history)
-
-
-def _content(message: Mapping[str, Any], tell: Callable[[str], None]) -> tuple[list[Any], str]:
-    if isinstance(message["content"], str):
-        return [], message["content"]
-    pictures: list[Any] = []
-    texts: list[str] = []
-    for part in message["content"]:
-        if part["type"] == "text":
-            texts.append(part["text"])
-        elif part["type"] == "image":
-            if texts:
-                tell(
-                    "a text has a picture behind or inside it; pictures come first in this bundle's template"
-                )
-            pictures.append(part["url"])
-        else:
-            raise InputError(f"messages: hold a {part['type']}; this bundle takes pictures and text")
-    return pictures, "".join(texts)
-
-
-def _pictures(found: Any) -> list[Any]:
-    """One picture, a list of them, lists of lists, or none."""
-    if found is None:
-        return []
-    if not isinstance(found, (list, tuple)):
-        return [found]
-    return [picture for one in found for picture in _pictures(one)]
 
 
 def main() -> None:
