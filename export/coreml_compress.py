@@ -75,7 +75,7 @@ def compress(package: Path, choices: list[Choice], out: Path) -> Path:
     optimize = ct.optimize.coreml
     linear = {name: _linear(ct, scheme) for name, scheme in wanted.items() if not scheme.startswith("pal")}
     palettes = {name: _palette(ct, scheme) for name, scheme in wanted.items() if scheme.startswith("pal")}
-    with coreml_convert.quiet():
+    with coreml_convert.quiet(), coreml_convert.unguarded():
         for configs, step in (
             (linear, optimize.linear_quantize_weights),
             (palettes, optimize.palettize_weights),

@@ -14,7 +14,7 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class Function:
     example: Mapping[str, torch.Tensor]
     outputs: Sequence[str]
     states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    scope: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def tools() -> Any:
@@ -76,6 +76,24 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
+@contextlib.contextmanager
+def unguarded() -> Iterator[None]:
+    """Without the steps that coremltools puts before every gather, in case an index counts from the end.
+
+    None does here: ids, positions and places are counted from 0. Each compression would add them once more.
+    """
+    tools()
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+
+    guard = type(PASS_REGISTRY["common::guard_negative_gather_indices"])
+    before = guard.apply
+    guard.apply = lambda *_: None
+    try:
+        yield
+    finally:
+        guard.apply = before
+
+
 def convert(function: Function, where: str, precision: Precision = "float16") -> Any:
     """The function as a coremltools model that is not on disk yet.
 
@@ -86,7 +104,7 @@ def convert(function: Function, where: str, precision: Precision = "float16") ->
         raise ValueError(f"{where}: one tensor stands for two inputs; the trace would join them")
     floats = np.dtype(precision).type
     half = precision == "float16"
-    with quiet(), torch.no_grad(), function.scope:
+    with quiet(), unguarded(), torch.no_grad(), function.scope():
         try:
             traced = torch.jit.trace(function.module, tuple(function.example.values()), check_trace=False)
             model = ct.convert(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def parts_of(checkpoint: Checkpoint, family: Family, image: ImageSpec, sizes: St
         },
         decoder={
             name: Function(
-                decoder, decoder.example(), ["logits"], states, coreml_decoder.traceable(decoder)
+                decoder, decoder.example(), ["logits"], states, partial(coreml_decoder.traceable, decoder)
             )
             for name, decoder in decoders.items()
         },
@@ -151,7 +152,7 @@ def _vision(part: VisionPart, image: ImageSpec) -> Function:
     rows, columns = view.grid
     module = _OneView(part.module, inputs, rows * columns * image.tokens.merge**2 if padded else None).eval()
     example = {"pixel_values": inputs["pixel_values"].clone()}
-    return Function(module, example, list(part.outputs), scope=_plain_attention(part.module))
+    return Function(module, example, list(part.outputs), scope=partial(_plain_attention, part.module))
 
 
 def _attention(
