@@ -69,8 +69,9 @@ def slice_by_size(x: Array, begin: Array, size: Array) -> Array:
 
 
 def reshape(x: Array, shape: Array) -> Array:
-    """0 keeps the size of that axis, -1 is worked out."""
-    sizes = [x.shape[axis] if size == 0 and x.size else int(size) for axis, size in enumerate(shape)]
+    """0 keeps the size of that axis where there are as many, -1 is worked out."""
+    kept = x.shape if len(shape) == x.ndim else [0] * len(shape)
+    sizes = [int(size) or old for size, old in zip(shape, kept, strict=True)]
     return x.reshape(sizes)
 
 
@@ -85,7 +86,7 @@ def expand_dims(x: Array, axes: Array) -> Array:
 def concat(values: Sequence[Array], axis: Array, interleave: Any = False) -> Array:
     place = int(axis)
     if not interleave:
-        return np.concatenate(values, axis=place)
+        return np.stack(values) if values[0].ndim == 0 else np.concatenate(values, axis=place)
     stacked = np.stack(values, axis=place + 1 if place >= 0 else place)
     sizes = list(values[0].shape)
     sizes[place] *= len(values)
@@ -154,6 +155,7 @@ def gather(
     x: Array, indices: Array, axis: Any = 0, batch_dims: Any = 0, validate_indices: Any = False
 ) -> Array:
     """x at `indices` along an axis; the first `batch_dims` axes of both go together."""
+    _check(indices, x.shape[int(axis)])
     batch, place = int(batch_dims), int(axis)
     if not batch:
         return x.take(indices, axis=place)
@@ -163,11 +165,14 @@ def gather(
 
 
 def gather_along_axis(x: Array, indices: Array, axis: Any = 0, validate_indices: Any = False) -> Array:
+    _check(indices, x.shape[int(axis)])
     return np.take_along_axis(x, indices.astype(np.int64), int(axis))
 
 
 def gather_nd(x: Array, indices: Array, batch_dims: Any = 0, validate_indices: Any = False) -> Array:
     batch = int(batch_dims)
+    for axis, places in enumerate(np.moveaxis(indices, -1, 0), start=batch):
+        _check(places, x.shape[axis])
     grid = np.ix_(*(np.arange(size) for size in indices.shape[:batch]))
     spread = [each.reshape(*each.shape, *(1,) * (indices.ndim - 1 - batch)) for each in grid]
     return x[(*spread, *np.moveaxis(indices, -1, 0))]
@@ -181,6 +186,13 @@ _MODES: dict[str, np.ufunc] = {
     "max": np.maximum,
     "min": np.minimum,
 }
+
+
+def _check(indices: Array, size: int) -> None:
+    """What lies outside is undefined on a device, negative places too since iOS 17: here it is an error."""
+    if indices.size and (indices.min() < 0 or indices.max() >= size):
+        odd = indices.min() if indices.min() < 0 else indices.max()
+        raise IndexError(f"index {odd} is outside of 0 to {size - 1}")
 
 
 def _scattered(data: Array, index: Index, updates: Array, mode: str) -> Array:
@@ -202,6 +214,7 @@ def scatter(
     mode: str = "add",
     validate_indices: Any = False,
 ) -> Array:
+    _check(indices, data.shape[int(axis)])
     index = (*[slice(None)] * (int(axis) % data.ndim), indices)
     return _scattered(data, index, updates, mode)
 
@@ -214,6 +227,7 @@ def scatter_along_axis(
     mode: str = "add",
     validate_indices: Any = False,
 ) -> Array:
+    _check(indices, data.shape[int(axis)])
     index: list[Any] = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
     index[int(axis)] = indices
     return _scattered(data, tuple(index), updates, mode)
@@ -222,7 +236,10 @@ def scatter_along_axis(
 def scatter_nd(
     data: Array, indices: Array, updates: Array, mode: str = "add", validate_indices: Any = False
 ) -> Array:
-    return _scattered(data, tuple(np.moveaxis(indices, -1, 0)), updates, mode)
+    index = tuple(np.moveaxis(indices, -1, 0))
+    for axis, places in enumerate(index):
+        _check(places, data.shape[axis])
+    return _scattered(data, index, updates, mode)
 
 
 # --- blocks of pixels -------------------------------------------------
