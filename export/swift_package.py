@@ -61,6 +61,5 @@ def write(bundle: Path, manifest: Manifest) -> Path:
         )
     out = bundle / DIRECTORY
     for path in sources():
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(out / path, (SOURCE / path).read_bytes())
     return out

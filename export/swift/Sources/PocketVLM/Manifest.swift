@@ -26,7 +26,7 @@ public struct Manifest {
 
     public struct State {
         let name: String
-        let isConv: Bool
+        let isRewindable: Bool
         let bytes: Int
     }
 
@@ -163,11 +163,11 @@ public struct Manifest {
             if case .int(let found) = size { return found }
             return 1
         }
-        let conv = try fields.string("kind") == "conv"
+        let isRewindable = try fields.bool("rewindable")
         let name = try fields.string("input")
-        fields.skip("output", "sequence_axis", "rewindable", "in_place", "padding_side")
+        fields.skip("kind", "output", "sequence_axis", "in_place", "padding_side")
         try fields.finish()
-        return State(name: name, isConv: conv, bytes: sizes.reduce(item, *))
+        return State(name: name, isRewindable: isRewindable, bytes: sizes.reduce(item, *))
     }
 
     private static func part(_ given: Fields) throws -> Part {

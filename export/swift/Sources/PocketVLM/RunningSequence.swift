@@ -54,8 +54,8 @@ final class RunningSequence {
     private func count(left: Int) -> Int {
         let chunk = stateful.chunk
         if left >= chunk && length + chunk <= stateful.context { return chunk }
-        // padding would go into a conv state, or beyond the end of the others
-        let alone = manifest.states.contains(where: \.isConv) || length + chunk > stateful.context
+        // padding would go into a state that cannot be cut back, or beyond the end of the others
+        let alone = manifest.states.contains { !$0.isRewindable } || length + chunk > stateful.context
         return alone ? 1 : left
     }
 
@@ -70,6 +70,7 @@ final class RunningSequence {
             throw PocketError("embed_tokens: gives no inputs_embeds; re-export")
         }
         var values = table.floats
+        for place in ids.count * hidden..<values.count { values[place] = 0 }
         var stack: [Float]?
         if let deepstack = manifest.deepstack {
             stack = [Float](repeating: 0, count: deepstack.layers * size * hidden)
@@ -85,7 +86,7 @@ final class RunningSequence {
         let padded = positions.flatMap { $0 + padding }
         var inputs = [
             "inputs_embeds": Tensor(values, [1, size, hidden]),
-            "position_ids": Tensor(padded, positions.count == 1 ? [1, size] : [positions.count, 1, size]),
+            "position_ids": Tensor(padded, [positions.count, size]),
             "start": Tensor([length], [1]),
             "last": Tensor([ids.count - 1], [1]),
         ]
