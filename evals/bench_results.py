@@ -153,16 +153,17 @@ class Sustained(Record):
     """The same question over and over. answer_at_s, answer_ms: end and length of every kept_every-th answer.
 
     ratio: last quarter's median over the first quarter's, with a 95 % interval; throttled: the interval is
-    above 1.05, or the processor counted throttling; null when the run was too short to tell.
+    above 1.05, or the processor counted throttling; null when the run was too short to tell. What a writer
+    leaves out from `answers` on, the reader computes.
     """
 
     asked_s: Amount
     measured_s: Amount
     tokens_per_answer: Count
-    answers: Count
-    kept_every: Annotated[int, Field(ge=1)] = 1
     answer_at_s: tuple[Amount, ...]
     answer_ms: tuple[Amount, ...]
+    kept_every: Annotated[int, Field(ge=1)] = 1
+    answers: Count | None = Field(default=None, description="all of them, those left out of the lists too")
     windows: tuple[Window, ...] = ()
     ratio: Amount | None = None
     low: Amount | None = None

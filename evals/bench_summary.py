@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from evals import paired, stats
+from evals import paired, stats, sustained
+from evals.bench_conditions import Bandwidth
 from evals.bench_notes import notes
 from evals.bench_results import (
     BenchRatio,
@@ -130,18 +131,24 @@ def complete(results: BenchResults) -> BenchResults:
     return found.model_copy(update={"notes": tuple(dict.fromkeys([*results.notes, *notes(found)]))})
 
 
-def share_of_bandwidth(roofline: Roofline, decode_tok_s: float, read_gb_s: float) -> Roofline:
+def share_of_bandwidth(
+    roofline: Roofline, decode_tok_s: float | None, bandwidth: Bandwidth | None
+) -> float | None:
     """None when what a token reads fits into the last cache: then memory is not what bounds it."""
-    share = roofline.bytes_per_token * decode_tok_s / (read_gb_s * 1e9)
-    return roofline.model_copy(update={"share": None if roofline.fits_cache else share})
+    if roofline.fits_cache or decode_tok_s is None or bandwidth is None:
+        return None
+    return roofline.bytes_per_token * decode_tok_s / (bandwidth.read_gb_s * 1e9)
 
 
 def _completed(point: PointResult, results: BenchResults) -> PointResult:
     found = summary(point)
     update: dict[str, object] = {"summary": found}
-    if point.roofline and results.bandwidth and found.decode_tok_s and not results.emulated:
-        update["roofline"] = share_of_bandwidth(
-            point.roofline, found.decode_tok_s, results.bandwidth.read_gb_s
+    if point.sustained:
+        update["sustained"] = sustained.completed(point.sustained)
+    if point.roofline:
+        bandwidth = None if results.emulated else results.bandwidth
+        update["roofline"] = point.roofline.model_copy(
+            update={"share": share_of_bandwidth(point.roofline, found.decode_tok_s, bandwidth)}
         )
     return point.model_copy(update=update)
 

@@ -19,7 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals import bench_results, remote_job, remote_setup, remote_ssh, remote_sync, remote_wheel
+from evals import (
+    bench_results,
+    bench_summary,
+    remote_job,
+    remote_setup,
+    remote_ssh,
+    remote_sync,
+    remote_wheel,
+)
 from evals.bench_results import BenchResults
 from evals.remote_job import State
 from evals.remote_setup import BACKENDS, Facts
@@ -244,8 +252,10 @@ def marked(results: BenchResults, facts: Facts) -> BenchResults:
     """The results with where they came from, and whether an emulator made the times."""
     sheet = results.device.model_copy(update={"extra": {**results.device.extra, **facts.extra}})
     why = results.emulated_why or facts.emulated_why
-    return results.model_copy(
-        update={"source": "ssh", "device": sheet, "emulated": why is not None, "emulated_why": why}
+    return bench_summary.complete(
+        results.model_copy(
+            update={"source": "ssh", "device": sheet, "emulated": why is not None, "emulated_why": why}
+        )
     )
 
 

@@ -74,26 +74,44 @@ def run_for(
         rates.append(1e3 * len(one.decode_ms) / total if (total := sum(one.decode_ms)) else 0.0)
         if ends[-1] >= (len(readings) + 1) * length or ends[-1] >= seconds:
             readings.append(_Reading(ends[-1], len(ends), system.mhz(roots), system.hottest(roots)))
-    drift = ratio_of_ends(took)
     events = None
     if throttled_before is not None:
         events = max(0, (system.throttle_events(roots) or 0) - throttled_before)
-    throttled, evidence = _verdict(drift, events)
     step = math.ceil(len(took) / MOST_ANSWERS)
-    return Sustained(
+    found = Sustained(
         asked_s=seconds,
         measured_s=ends[-1],
         tokens_per_answer=tokens,
-        answers=len(took),
+        answer_at_s=tuple(round(value, 6) for value in ends[::step]),
+        answer_ms=tuple(round(value, 6) for value in took[::step]),
         kept_every=step,
-        answer_at_s=tuple(ends[::step]),
-        answer_ms=tuple(took[::step]),
+        answers=len(took),
         windows=tuple(_windows(readings, took, rates)),
-        ratio=drift[0] if drift else None,
-        low=drift[1] if drift else None,
-        high=drift[2] if drift else None,
-        throttled=throttled,
-        throttle_evidence=evidence,
+    )
+    return judged(found, took, events)
+
+
+def completed(found: Sustained) -> Sustained:
+    """What another writer left out, from the answers that its lists hold."""
+    if found.throttle_evidence is not None:
+        return found
+    answers = found.answers or len(found.answer_ms) * found.kept_every
+    return judged(found.model_copy(update={"answers": answers}), found.answer_ms, None)
+
+
+def judged(found: Sustained, took: Sequence[float], events: int | None) -> Sustained:
+    """With drift and verdict. took: ms of the answers in turn; events: throttling counted meanwhile."""
+    drift = ratio_of_ends(took)
+    throttled, evidence = _verdict(drift, events)
+    ratio, low, high = drift or (None, None, None)
+    return found.model_copy(
+        update={
+            "ratio": ratio,
+            "low": low,
+            "high": high,
+            "throttled": found.throttled if found.throttled is not None else throttled,
+            "throttle_evidence": evidence,
+        }
     )
 
 
