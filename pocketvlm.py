@@ -825,21 +825,61 @@ def judge_audit(
 @app.command(
     epilog="""Examples:
 
-    pocketvlm report demo-out/report/results.json
+    pocketvlm report results/ --gate gate.yaml --markdown
 
-    pocketvlm report demo-out/report/results.json --out page
+    pocketvlm report bench.json eval.json parity.json --out report
+
+    pocketvlm report --compare old/report.json new/report.json
+
+    pocketvlm report demo-out/report/results.json
 """
 )
 def report(
-    results: Annotated[Path, typer.Argument(help="results.json of a run.")],
-    out: Annotated[Path | None, typer.Option(help="Directory to write; default: where it lies.")] = None,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="bench.json, eval.json, parity.json, directories of them; a run's results.json."),
+    ],
+    gate: Annotated[Path | None, typer.Option(help="gate.yaml: the limits that a bundle must keep.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Two paths, old and new: find what became worse.")
+    ] = False,
+    pair: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="--compare: a bundle's name in both.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; default: DIRECTORY/report, or ./report.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Also Markdown, for a pull request.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Draw a run's page again from its results.json; the path of index.html goes to stdout."""
-    _require("report", ("jinja2", "matplotlib"))
-    from evals.report import write_report
-    from evals.results import read
+    """Decide whether to ship, and show why: a page, JSON, Markdown. Or compare two reports.
 
-    typer.echo(write_report(read(results), out or results.parent))
+    Exit code 0: ship, or nothing became worse; 1: do not ship, or something did; 2: an error.
+    """
+    from evals import ship_command
+
+    if pair and not compare:
+        raise InputError("--pair: is for --compare, which was not given")
+    if not compare or out is not None:
+        _require("report", ("jinja2", "matplotlib"))
+    if not compare and (stored := ship_command.of_a_run(paths)) is not None:
+        if gate is not None:
+            raise InputError(f"{stored}: is a run's page; --gate takes bench.json, eval.json and parity.json")
+        from evals.report import write_report
+        from evals.results import read
+
+        typer.echo(write_report(read(stored), out or stored.parent))
+        return
+    shared: dict[str, Any] = {"markdown": markdown, "as_json": as_json, "version": _version()}
+    if compare:
+        done = ship_command.compare(paths, gate, out, pairs=pair or (), **shared)
+    else:
+        done = ship_command.ship(paths, gate, out, **shared)
+    for line in done.said:
+        typer.echo(line, err=True)
+    for line in done.lines:
+        typer.echo(line)
+    raise typer.Exit(done.code)
 
 
 # --- doctor -----------------------------------------------------------

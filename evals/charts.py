@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evals import formatting as fmt
-from evals.results import Bundle, Latency, MaskCurve, Method, Model, Results, TrainingCurve
+from evals.chart_stages import StageRow, stage_bars
+from evals.results import Bundle, MaskCurve, Method, Model, Results, TrainingCurve
 from evals.svg import (
     ACCENT,
     GRID,
@@ -153,38 +154,13 @@ def bundles(chosen: Sequence[Bundle]) -> Chart | None:
 
 def stages(chosen: Sequence[Bundle]) -> Chart | None:
     """Where the time to first text goes: p50 of each stage, and the whole as it was measured."""
-    timed = [(b, b.latency) for b in chosen if b.latency is not None]
-    if not timed:
-        return None
-    parts = (
-        ("preprocess_ms", "preprocess", MUTED),
-        ("encode_ms", "image encode", SECOND),
-        ("prefill_ms", "prefill", ACCENT),
-    )
-    label = "Stages in ms, p50: " + "; ".join(_stage_words(b.name, timing) for b, timing in timed)
-
-    def draw(layout: Layout) -> Figure:
-        figure, (axes,) = new_figure(layout, 36 * len(timed) + 66, 1, 1)
-        for row, (_, timing) in enumerate(timed):
-            left = 0.0
-            for field, _, colour in parts:
-                width = getattr(timing, field).p50
-                axes.barh(row, width, left=left, height=0.5, color=colour, linewidth=0)
-                left += width
-            axes.plot(timing.ttft_ms.p50, row, marker="D", color=INK, markersize=6, clip_on=False)
-            axes.annotate(
-                fmt.milliseconds(timing.ttft_ms.p50), (timing.ttft_ms.p50, row), xytext=(8, 0),
-                textcoords="offset points", va="center", color=INK,
-            )  # fmt: skip
-        axes.set_yticks(range(len(timed)), [b.precision for b, _ in timed])
-        axes.invert_yaxis()
-        longest = max(max(t.ttft_ms.p50 for _, t in timed), 1e-9)
-        axes.set_xlim(0, longest * (1.3 if layout.narrow else 1.14))
-        axes.set_xlabel("milliseconds, p50")
-        axes.grid(axis="x")
-        return figure
-
-    return chart(draw, label)
+    fields = ("preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms")
+    timed = [
+        StageRow(b.name, b.precision, *(getattr(b.latency, name).p50 for name in fields))
+        for b in chosen
+        if b.latency is not None
+    ]
+    return stage_bars(timed) if timed else None
 
 
 def _student_title(student: Model, layout: Layout) -> str:
@@ -203,16 +179,6 @@ def _bundle_words(bundle: Bundle) -> str:
         f"{bundle.name} {fmt.size(bundle.bytes)}, first text after {fmt.milliseconds(first_text)}, "
         f"{fmt.percent(right)} right"
     )
-
-
-def _stage_words(name: str, timing: Latency) -> str:
-    stages = {
-        "preprocess": timing.preprocess_ms,
-        "encode": timing.encode_ms,
-        "prefill": timing.prefill_ms,
-        "first text, measured whole": timing.ttft_ms,
-    }
-    return f"{name} " + ", ".join(f"{stage} {fmt.significant(one.p50)}" for stage, one in stages.items())
 
 
 def _accuracy_block(axes: Axes, block: Sequence[Method], layout: Layout) -> None:

@@ -15,6 +15,7 @@ from evals.parity_results import Estimate
 from evals.ship_compare_results import Fact
 from evals.ship_evidence import BundleFacts, Evidence, ParitySeen
 from evals.ship_gate import Tolerance
+from evals.ship_words import estimate
 
 Finding = Literal["worse", "better", "unchanged", "tolerated"]
 EQUAL = (("prompts with equal ids", "prompts_equal"), ("pictures with equal pixels", "images_equal"))
@@ -86,13 +87,8 @@ def _apart(label: str, bundle: str, place: str, old: Estimate, new: Estimate, fo
         label=label,
         bundle=bundle,
         place=place,
-        old=_with_interval(old),
-        new=_with_interval(new),
+        old=estimate(old),
+        new=estimate(new),
         finding=finding,
         why="intervals are apart" if finding != "unchanged" else "intervals overlap",
     )
-
-
-def _with_interval(one: Estimate) -> str:
-    value, low, high = (fmt.significant(number, 2) for number in (one.value, one.low, one.high))
-    return f"{value} ({low} to {high})"

@@ -118,7 +118,9 @@ class Rule(Record):
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"{self.quantity}: min {self.min:g} is above max {self.max:g}")
         free = {"quantity", "min", "max", "name", "bundle"} | self.kind.selectors
-        if strange := sorted(self.model_fields_set - free):
+        fields = type(self).model_fields
+        changed = {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
+        if strange := sorted(changed - free):
             fitting = ", ".join(sorted(self.kind.selectors)) or "none"
             raise ValueError(f"{self.quantity}: {strange[0]} does not select it (selectors: {fitting})")
         return self

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals import bench_results, eval_results, parity_results
+from evals import bench_import, bench_results, eval_results, parity_results
 from evals import ship_evidence as seen
 from evals.bench_conditions import Reason
 from evals.bench_results import BenchResults, BundleResult, PointResult
@@ -27,7 +27,7 @@ from runtime import files
 from runtime.errors import InputError
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    bench_results.SCHEMA: bench_results.read,
+    bench_results.SCHEMA: bench_import.read,
     eval_results.SCHEMA: eval_results.read,
     parity_results.SCHEMA: parity_results.read,
 }
@@ -69,7 +69,7 @@ def _files(given: Path) -> list[Path]:
     if given.is_file():
         return [given]
     if not given.is_dir():
-        raise InputError(f"{given}: is neither a file nor a directory")
+        raise InputError(f"{given}: cannot be read (no such file or directory)")
     found = [path for path in _json_below(given, DEPTH) if schema_of(path) in READERS]
     if not found:
         raise InputError(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from evals import formatting as fmt
 from evals.eval_results import ORIGINAL
+from evals.parity_results import Estimate
 from evals.ship_gate import Gate, Rule
 from evals.ship_quantities import Absent, Found, Place, Value
 from evals.ship_results import Cell, Check, State
@@ -28,6 +29,12 @@ def number(value: float, unit: str) -> str:
     return f"{text}{fmt.THIN}{unit}" if unit else text
 
 
+def interval(low: float, high: float, unit: str) -> str:
+    """`1.40 to 4.30 points`: the unit once."""
+    bare = number(low, unit).removesuffix(f"{fmt.THIN}{unit}")
+    return f"{bare} to {number(high, unit)}"
+
+
 def limit(rule_min: float | None, rule_max: float | None, unit: str) -> str:
     """`at most 500 ms`, `at least 97 %`, `3 to 5`."""
     low, high = (None if x is None else f"{x:g}".replace("-", fmt.MINUS) for x in (rule_min, rule_max))
@@ -35,6 +42,12 @@ def limit(rule_min: float | None, rule_max: float | None, unit: str) -> str:
     if low is None:
         return f"at most {high}{space}"
     return f"at least {low}{space}" if high is None else f"{low} to {high}{space}"
+
+
+def estimate(found: Estimate, digits: int = 2) -> str:
+    """`0.0020 (0.0016 to 0.0024)`."""
+    value, low, high = (fmt.significant(one, digits) for one in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
 
 
 def place_words(place: Place | Check) -> str:
@@ -51,8 +64,7 @@ def text_of(rule: Rule, label: str, value: Value, state: State) -> str:
         return f"{what}: not measured ({value.why}); wanted {wanted}"
     got = number(value.value, rule.kind.unit)
     if value.low is not None and value.high is not None and not value.exact:
-        unit = rule.kind.unit
-        got += f" ({number(value.low, unit)} to {number(value.high, unit)})"
+        got += f" ({interval(value.low, value.high, rule.kind.unit)})"
     return f"{what}: {got}, wanted {wanted}" + (_more(rule, value) if state == "unproven" else "")
 
 

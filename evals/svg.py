@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 METHOD_COLOURS = {"warmup": "#0a0001", "sft": "#0a0002", "kd": "#0a0003", "masters": "#0a0004"}
 TEACHER, ACCENT, SECOND = "#0a0005", "#0a0004", "#0a0003"
+BAD, CARD = "#0a0006", "#0a0007"
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", "#0a0001": "--warmup", "#0a0002": "--sft",
     "#0a0003": "--kd", "#0a0004": "--masters", "#0a0005": "--teacher",
+    BAD: "--bad", CARD: "--card",
 }  # fmt: skip
 
 
