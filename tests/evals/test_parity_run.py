@@ -1,0 +1,269 @@
+"""Parity over a task: an equal bundle is equal, a wrong one is named by what is wrong, runs resume."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evals import parity_results, parity_run, parity_table, subjects
+from evals.parity_results import ParityResults
+from evals.parity_run import Settings
+from evals.parity_side import label_ids
+from evals.tasks.question import Question, Task
+from evals.torch_session import TorchSession
+from runtime import bundle as bundles
+from runtime.errors import InputError, StateError
+from runtime.generation import GenerationOptions
+
+ROOT = Path(__file__).parent.parent.parent
+FAST = Settings(max_tokens=6, threads=1)
+
+
+def _picture(seed: int) -> bytes:
+    values = np.random.default_rng(seed).integers(0, 255, (40 + seed, 70, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    asked = ("what color is the shape?", "is there a red circle?")
+    questions = [
+        Question(f"{seed}-{n}", str(seed), text, text, (_picture(seed),), ("red",))
+        for seed in range(3)
+        for n, text in enumerate(asked)
+    ]
+    return Task("tiny", "lmms-jsonl", "test", "made here", tuple(questions), "exact")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with the same tokenizer."""
+    from tests.checkpoints import write_smolvlm
+
+    return write_smolvlm(tmp_path_factory.mktemp("other") / "other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def found(
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    other: Path,
+    task: Task,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ParityResults:
+    """The checkpoint against its float32 bundle and against another model."""
+    reference, *candidates = (subjects.describe(path) for path in (tiny_checkpoint, tiny_bundle, other))
+    candidates = [replace(one, name=name) for one, name in zip(candidates, ("fp32", "other"), strict=True)]
+    out = tmp_path_factory.mktemp("parity") / "parity.json"
+    done = parity_run.run(reference, candidates, task, out, settings=FAST)
+    assert parity_results.read(out) == done
+    return done
+
+
+def test_a_float_bundle_equals_its_checkpoint(found: ParityResults) -> None:
+    one = found.candidate("fp32")
+    assert one is not None and one.same_source and one.error is None and not one.emulated
+    assert one.preprocessing is not None and one.greedy is not None
+    assert one.preprocessing.images_equal == one.preprocessing.images == 6
+    assert one.preprocessing.prompts_equal == one.preprocessing.prompts == 6
+    assert one.preprocessing.first_pixels is one.preprocessing.first_ids is one.same_inputs is None
+    for forced in ("reference-greedy", "label"):
+        figures = one.on(forced)
+        assert figures is not None and 0 <= figures.kl_mean.value < 1e-6, figures
+        assert figures.top1_differ == figures.near_ties
+        assert figures.perplexity == pytest.approx(figures.perplexity_reference, rel=1e-4)
+    assert one.greedy.whole_equal.value == 1.0 and one.worst == []
+
+
+def test_another_model_is_far_away_and_its_worst_positions_are_shown(found: ParityResults) -> None:
+    one = found.candidate("other")
+    assert one is not None and not one.same_source and one.kind == "checkpoint"
+    assert one.preprocessing is not None and one.preprocessing.images_equal == 6
+    figures = one.on("reference-greedy")
+    assert figures is not None and figures.kl_mean.value > 0.1
+    assert figures.kl_mean.low <= figures.kl_mean.value <= figures.kl_mean.high
+    assert figures.kl_median <= figures.kl_p90 <= figures.kl_p99 <= figures.kl_max
+    assert one.worst and one.worst[0].kl == max(place.kl for place in one.worst)
+    assert "was not made from" in "\n".join(parity_table.lines(found))
+
+
+def test_a_greedy_prefix_is_what_both_would_write(
+    found: ParityResults, tiny_checkpoint: Path, other: Path, task: Task
+) -> None:
+    """The forced pass says how far free answers agree; here both are really generated."""
+    lengths = []
+    for question in task.questions:
+        texts = [
+            TorchSession(path).generate(question.images[0], question.prompt, FAST.max_tokens)
+            for path in (tiny_checkpoint, other)
+        ]
+        pairs = zip(*texts, strict=False)
+        lengths.append(next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, texts))))
+    one = found.candidate("other")
+    assert one is not None and one.greedy is not None
+    assert one.greedy.prefix_mean.value == pytest.approx(float(np.mean(lengths)))
+
+
+def _changed(bundle: Path, out: Path, change: Callable[[dict], None]) -> Path:
+    """A copy of a bundle with another manifest."""
+    copy = Path(shutil.copytree(bundle, out))
+    path = copy / bundles.MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    return copy
+
+
+def _darker(manifest: dict) -> None:
+    row = next(one for one in manifest["image"]["operations"] if one["op"].startswith("normalise@"))
+    row["subtract"] = [value + 20 for value in row["subtract"]]
+
+
+def test_wrong_pixels_are_told_from_wrong_weights(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path
+) -> None:
+    wrong = _changed(tiny_bundle, tmp_path / "darker", _darker)
+    reference, candidate = subjects.describe_all([tiny_checkpoint, wrong])
+    done = parity_run.run(reference, [candidate], task.limited(2), tmp_path / "parity.json", settings=FAST)
+    one = done.candidates[0]
+    assert one.preprocessing is not None and one.same_inputs is not None
+    assert one.preprocessing.images_equal == 0 and one.preprocessing.pixel_share == 1.0
+    assert one.preprocessing.prompts_equal == 2
+    figures = one.on("reference-greedy")
+    assert figures is not None and figures.kl_mean.value > 1e-4
+    assert one.same_inputs.kl_mean.value < 1e-6
+    assert "pixels differ (0-0: up to" in "\n".join(parity_table.lines(done))
+
+
+def test_a_wrong_prompt_is_shown_where_it_begins(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path
+) -> None:
+    wrong = _changed(tiny_bundle, tmp_path / "longer", _another_system_text)
+    reference, candidate = subjects.describe_all([tiny_checkpoint, wrong])
+    done = parity_run.run(reference, [candidate], task.limited(1), tmp_path / "parity.json", settings=FAST)
+    one = done.candidates[0]
+    assert one.preprocessing is not None and one.preprocessing.prompts_equal == 0
+    assert one.preprocessing.images_equal == 1
+    assert one.preprocessing.first_ids is not None
+    assert one.preprocessing.first_ids.startswith("0-0: place 1: ")
+
+
+def _another_system_text(manifest: dict) -> None:
+    manifest["prompt"]["system"] += [7]
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_asks_nothing_twice(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path
+) -> None:
+    models = subjects.describe_all([tiny_checkpoint, tiny_bundle])
+    out = tmp_path / "parity.json"
+    told: list[tuple[str, int]] = []
+
+    def run(stop_at: int | None = None) -> ParityResults:
+        told.clear()
+
+        def progress(what: str, done: int, total: int) -> None:
+            told.append((what, done))
+            if len(told) == stop_at:
+                raise _Stop
+
+        return parity_run.run(models[0], models[1:], task, out, settings=FAST, progress=progress)
+
+    with pytest.raises(_Stop):
+        run(stop_at=4)  # inside the reference
+    with pytest.raises(_Stop):
+        run(stop_at=4)  # two more of the reference, two of the bundle
+    assert not out.exists()
+    (torn,) = (tmp_path / "parity.work").rglob("000001.jsonl")
+    done = run()
+    assert [what for what, _ in told] == [f"parity: {models[1].name}"] * 4
+    assert done == run().model_copy(update={"created": done.created}) and told == []
+    torn.write_text(torn.read_text()[:-20])
+    assert "seal" in (run().candidates[0].error or "")
+    torn.unlink()
+    assert run().candidates == done.candidates and len(told) == 2  # the reference, then the bundle
+
+
+def test_a_candidate_that_cannot_be_asked_does_not_stop_the_others(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(tiny_bundle, tmp_path / "broken"))
+    next(broken.rglob("decoder*.onnx")).write_bytes(b"")
+    models = subjects.describe_all([tiny_checkpoint, broken, tiny_bundle])
+    done = parity_run.run(models[0], models[1:], task.limited(1), tmp_path / "out.json", settings=FAST)
+    assert "decoder" in (done.candidates[0].error or "") and done.candidates[1].error is None
+    assert done.missing[0].what == "broken"
+    assert any("not measured" in line for line in parity_table.lines(done))
+    assert [column.header for column in parity_table.table(done).columns][1:] == [models[2].name]
+
+
+def test_a_label_is_tokenised_as_the_template_has_it(tiny_checkpoint: Path, task: Task) -> None:
+    with TorchSession(tiny_checkpoint) as session:
+        prepared = [session.prepare(task.questions[0].images[0])]
+        prompt = session.prompt_ids("what color?", prepared)
+        ids = label_ids(session, "what color?", prepared, prompt, "red")
+        assert session.tokenizer.decode(ids.tolist()).strip() == "red" and ids[-1] in session.stop_ids
+        text = session.processor.apply_chat_template(
+            [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+            ]
+        )
+        whole = session.processor(text=text, images=[Image.open(io.BytesIO(_picture(0)))])["input_ids"][0]
+        assert [*prompt.tolist(), *ids.tolist()] == list(whole)[: len(prompt) + len(ids)]
+        # the session can go on as if nothing had been asked in between
+        options = GenerationOptions(max_new_tokens=3)
+        answer = session.complete(prompt, [session.encode_image(prepared[0])], options)
+        assert answer.token_ids == session.generate(task.questions[0].images[0], "what color?", 3)
+
+
+def test_what_cannot_be_compared_is_refused(tiny_checkpoint: Path, task: Task, tmp_path: Path) -> None:
+    model = subjects.describe(tiny_checkpoint)
+    with pytest.raises(InputError, match="name a bundle"):
+        parity_run.run(model, [model], task, tmp_path / "parity.json")
+    with pytest.raises(InputError, match="no questions"):
+        parity_run.run(model, [], replace(task, questions=()), tmp_path / "parity.json")
+    with pytest.raises(InputError, match=r"no manifest\.json and no config\.json"):
+        subjects.describe(tmp_path)
+    with pytest.raises(InputError, match="given twice"):
+        subjects.describe_all([tiny_checkpoint, tiny_checkpoint])
+
+
+def test_few_questions_are_spread_over_images(task: Task) -> None:
+    assert [one.id for one in parity_run.spread(task, 2).questions] == ["0-0", "1-0"]
+    assert [one.id for one in parity_run.spread(task, 4).questions] == ["0-0", "0-1", "1-0", "2-0"]
+    assert parity_run.spread(task, 99).questions == task.questions
+
+
+def test_the_schema_is_published() -> None:
+    published = (ROOT / "docs" / "parity.schema.json").read_text()
+    assert published == parity_results.json_schema(), (
+        "run: python -m evals.parity_results > docs/parity.schema.json"
+    )
+
+
+def test_a_file_of_another_kind_is_refused(found: ParityResults, tmp_path: Path) -> None:
+    path = tmp_path / "parity.json"
+    with pytest.raises(StateError, match="run `pocketvlm eval --parity` again"):
+        parity_results.read(path)
+    value = json.loads(found.model_dump_json(by_alias=True))
+    path.write_text(json.dumps({**value, "schema": "pocketvlm.eval@1"}))
+    with pytest.raises(StateError, match=r"parity@1"):
+        parity_results.read(path)
+    path.write_text(json.dumps({**value, "candidates": value["candidates"] * 2}))
+    with pytest.raises(StateError, match="there twice"):
+        parity_results.read(path)
