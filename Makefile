@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   another interpreter than the one found by itself (3.11, 3.12 or 3.13)
 #   OUT=DIR ARGS=...    for `make demo`: where to write, more options (ARGS=--smoke)
 #   ARGS=...            for the tests: options of pytest (ARGS='-k gate -x')
+#   WORKERS=4           for the tests: processes that share them, a file to each (2)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -13,6 +14,7 @@ PYTHON ?=
 VENV ?= .venv
 OUT ?= demo-out
 ARGS ?=
+WORKERS ?= 2
 
 DEMO_EXTRAS := distill,export,onnx,report
 DEV_EXTRAS := $(DEMO_EXTRAS),dev
@@ -31,10 +33,10 @@ demo: $(VENV)/.installed-demo  ## distil, export, run, measure: a report in demo
 	@$(BIN)/pocketvlm demo --out "$(OUT)" $(ARGS)
 
 test: $(VENV)/.installed-dev  ## the tests, but for those marked slow
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-dev  ## all tests
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## style and types
 	@$(BIN)/ruff check
