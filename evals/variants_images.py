@@ -5,7 +5,8 @@ In: a picture. Out: the changed picture, as pixels or as a PNG file. Not here: w
 Noise, blur, JPEG and contrast follow ImageNet-C (Hendrycks and Dietterich 2019, gaussian_noise,
 gaussian_blur, jpeg_compression, contrast), whose pictures have 224 pixels on their shorter side; blur and the
 grain of noise grow with the picture, so that a severity means the same in a small and in a large one. JPEG's
-blocks have 8 pixels always, so it is harder on small pictures. Rotation is not in ImageNet-C.
+blocks have 8 pixels always, and noise is at least a pixel fine, so both are harder on small pictures.
+Rotation is not in ImageNet-C.
 Arithmetic is numpy's, but for JPEG, which is Pillow's libjpeg: its bytes may differ between versions.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,10 +45,11 @@ class Corruption:
 
 
 def blur(pixels: Floats, severity: int, _: np.random.Generator) -> Floats:
-    """Gaussian, cut at 4 standard deviations; edges are repeated."""
+    """Gaussian, integrated over each pixel and cut at 4 standard deviations; edges are repeated."""
     sigma = BLUR[severity - 1] * min(pixels.shape[:2]) / SHORTER_SIDE
     radius = int(np.ceil(4 * sigma))
-    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    borders = np.arange(-radius, radius + 2) - 0.5
+    kernel = np.diff([math.erf(border / (sigma * math.sqrt(2))) for border in borders])
     kernel /= kernel.sum()
     for axis in (0, 1):
         padding = [(radius, radius) if axis == each else (0, 0) for each in range(3)]

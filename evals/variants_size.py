@@ -21,7 +21,7 @@ from evals.tasks.question import Picture, opened
 from evals.variants_images import png
 from runtime.errors import InputError
 
-SIDES: dict[str, tuple[int, ...]] = {"smaller": (8, 7, 6, 5, 4), "larger": (38, 44, 52, 60)}
+SIDES: dict[str, tuple[int, ...]] = {"smaller": (8, 7, 6, 5, 4), "larger": (42, 48, 54, 60)}
 """Pixels of the longer side of an easy-VQA shape; the task's own have 9 to 34 (of a picture of 64)."""
 GLYPHS: dict[str, tuple[tuple[int, int], ...]] = {
     "smaller": ((18, 19), (15, 17), (13, 14), (10, 12), (8, 9)),
