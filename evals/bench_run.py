@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evals import bench_facts, bench_process, bench_summary, device
+from evals import bench_facts, bench_process, bench_summary, device, emulation
 from evals.bench_conditions import Bandwidth, DeviceSheet, Energy, Reason
 from evals.bench_facts import BundleFacts
 from evals.bench_grid import Asked
@@ -188,6 +188,7 @@ def _turn(found: Sequence[_Measured], number: int) -> list[_Measured]:
 
 def _results(request: Request, found: Sequence[_Measured], bandwidths: Sequence[Bandwidth]) -> BenchResults:
     sheet = device.sheet(request.device_name)
+    why = emulation.emulated_why()
     best = max(bandwidths, key=lambda each: each.read_gb_s, default=None)
     return bench_summary.complete(
         BenchResults(
@@ -197,6 +198,8 @@ def _results(request: Request, found: Sequence[_Measured], bandwidths: Sequence[
                 name="pocketvlm bench", version=device.versions(["pocketvlm"]).get("pocketvlm", "source")
             ),
             source="local",
+            emulated=why is not None,
+            emulated_why=why,
             device=sheet,
             policy=request.policy,
             grid=tuple(asked.point for asked in request.grid),

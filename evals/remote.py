@@ -21,7 +21,6 @@ from typing import Any
 
 from evals import (
     bench_results,
-    bench_summary,
     remote_job,
     remote_setup,
     remote_ssh,
@@ -249,14 +248,9 @@ class _Place:
 
 
 def marked(results: BenchResults, facts: Facts) -> BenchResults:
-    """The results with where they came from, and whether an emulator made the times."""
+    """The results with where they came from."""
     sheet = results.device.model_copy(update={"extra": {**results.device.extra, **facts.extra}})
-    why = results.emulated_why or facts.emulated_why
-    return bench_summary.complete(
-        results.model_copy(
-            update={"source": "ssh", "device": sheet, "emulated": why is not None, "emulated_why": why}
-        )
-    )
+    return results.model_copy(update={"source": "ssh", "device": sheet})
 
 
 HERE_ONLY = ("bundles", "out", "as_json", "results", "on", "on_dir", "on_python", "on_wheels", "on_clean")

@@ -56,8 +56,7 @@ class Interpreter:
 
 @dataclass(frozen=True)
 class Facts:
-    """A device as a shell sees it. emulated_why: set when its programs run in an emulator.
-
+    """A device as a shell sees it.
     boot_id changes with every start of the system. extra: what goes onto the device sheet.
     """
 
@@ -65,7 +64,6 @@ class Facts:
     machine: str
     home: str
     boot_id: str
-    emulated_why: str | None
     extra: dict[str, str]
 
 
@@ -74,7 +72,6 @@ def probe(ssh: Ssh) -> Facts:
     script = """
 echo system=$(uname -s); echo machine=$(uname -m); echo home=$HOME
 echo boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null)
-echo exe=$(readlink /proc/$$/exe 2>/dev/null)
 for tool in sha256sum find nohup tail; do command -v $tool >/dev/null || echo lacks=$tool; done
 echo nvpmodel=$(nvpmodel -q 2>/dev/null | tr '\\n' ' ')
 echo l4t=$(head -n 1 /etc/nv_tegra_release 2>/dev/null)
@@ -111,19 +108,8 @@ done
         machine=machine,
         home=found["home"],
         boot_id=found.get("boot", ""),
-        emulated_why=emulation(found.get("exe", ""), machine),
         extra=extra,
     )
-
-
-def emulation(executable: str, machine: str) -> str | None:
-    """Why times there are no device speed: a shell whose program, seen from another process, is qemu's."""
-    name = posixpath.basename(executable)
-    if name.startswith("qemu-"):
-        return (
-            f"{machine} instructions run in {name}: it shows that it works and what it computes, not how fast"
-        )
-    return None
 
 
 def claim(ssh: Ssh, folder: str) -> None:
@@ -226,7 +212,8 @@ def make_venv(
 ) -> None:
     """Make or bring up to date `<folder>/venv`; `wheels`: a folder there to install from, without a network.
 
-    Its stamp is written last. Raises DeviceError with pip's last error.
+    Its stamp is written last. To keep it small, pip leaves when it is done (`ensurepip` brings it back), and
+    only what is imported gets compiled. Raises DeviceError with pip's last error.
     """
     extras = sorted(set(formats) & set(BACKENDS))
     key = venv_key(wheel, extras)
@@ -252,8 +239,10 @@ if [ ! -f venv/.made ]; then
   rm -rf venv && {shlex.quote(found.path)} -m venv venv && : > venv/.made || exit 1
 fi
 rm -f venv/.pocketvlm
-venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off {source} \
-  {shlex.quote(f"{wheel}[{','.join(extras)}]")} || exit 1
+venv/bin/python -m pip --version >/dev/null 2>&1 || venv/bin/python -m ensurepip >/dev/null || exit 1
+venv/bin/python -m pip install --no-input --no-compile --disable-pip-version-check --progress-bar off \
+  {source} {shlex.quote(f"{wheel}[{','.join(extras)}]")} || exit 1
+venv/bin/python -m pip uninstall -q -y setuptools pip
 rm -rf tmp
 printf '%s\\n' {shlex.quote(key)} > venv/.pocketvlm
 """
