@@ -79,10 +79,12 @@ class Switches(Strict):
 
 
 class Export(Strict):
-    """ONNX precisions of every student; GGUF types of the first one, where llama.cpp is installed."""
+    """ONNX precisions of every student; of the first one GGUF types, where llama.cpp is installed, and
+    precisions of Core ML, where coremltools is."""
 
     precisions: Annotated[list[str], Field(min_length=1)]
     gguf: list[str] = Field(default_factory=list)
+    coreml: list[str] = Field(default_factory=list)
 
 
 class Measure(Strict):

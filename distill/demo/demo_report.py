@@ -6,7 +6,6 @@ Not here: drawing the page (`evals/report.py`), timing a bundle (`evals/latency.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -15,17 +14,13 @@ from typing import Any
 
 import numpy as np
 
-import runtime
-from distill import jobs
-from distill.demo import demo, pool
+from distill.demo import demo, demo_bundles, pool
 from distill.demo.demo import KD, MASTERS, SFT
 from distill.demo.demo_recipe import Recipe
 from distill.demo.plans import NORMS_EVERY
-from distill.jobs import Job
 from evals import accuracy, easy_vqa, gather, latency, scorers
 from evals.accuracy import AccuracyResult
 from evals.device import describe
-from evals.easy_vqa import Question
 from evals.records import Agreement, Comparison, Score
 from evals.report import write_report
 from evals.results import (
@@ -46,7 +41,6 @@ from evals.results import (
     TrainingCurve,
 )  # fmt: skip
 from runtime import files
-from runtime.errors import MissingExtra
 from runtime.files import Ledger
 
 WARMUP = "warmup"
@@ -86,90 +80,6 @@ def best_rate(out: Path, plan: Recipe, student: str, method: str) -> float:
         sorted(plan.students[student].rates),
         key=lambda rate: arm_metrics(out, student, method, rate)["validation"][0],
     )
-
-
-# --- answers ----------------------------------------------------------
-
-
-def asked(plan: Recipe) -> list[Question]:
-    """The test questions that checkpoint and bundles both answer: whole images drawn at random."""
-    questions = easy_vqa.load("test")
-    order = np.random.default_rng([plan.seed, 6]).permutation(len({q.image_id for q in questions})).tolist()
-    rank = {image: place for place, image in enumerate(order)}
-    return sorted(questions, key=lambda q: (rank[q.image_id], q.id))[: plan.measure.answers]
-
-
-def bundle_directories(out: Path, plan: Recipe) -> dict[Path, str]:
-    """Every bundle with the student it was made from; of GGUF bundles those that are there."""
-    found = {
-        out / "bundles" / f"{student}-onnx-{precision}": student
-        for student in plan.students
-        for precision in plan.export.precisions
-    }
-    return found | {
-        path: student
-        for student in plan.students
-        for kind in plan.export.gguf
-        if (path := out / "bundles" / f"{student}-gguf-{kind}").exists()
-    }
-
-
-def no_gguf() -> str:
-    """Why no GGUF bundles can be made here; nothing if they can."""
-    lacking = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(name) is None]
-    return str(MissingExtra(lacking[0].replace("_", "-"), "gguf")) if lacking else ""
-
-
-def answer_jobs(out: Path, plan: Recipe) -> list[Job]:
-    """The chosen students' own `generate`, and their bundles without torch, on the same questions."""
-    named = {student: out / student for student in plan.students}
-    named.update({directory.name: directory for directory in bundle_directories(out, plan)})
-    return [
-        Job(name, answer, {"out": out, "plan": plan, "name": name, "directory": directory})
-        for name, directory in named.items()
-    ]
-
-
-def answer(out: Path, plan: Recipe, name: str, directory: Path) -> None:
-    """Free answers of one checkpoint or bundle, kept in `work/answers/NAME.json`."""
-    target = out / "work" / "answers" / f"{name}.json"
-    if target.exists():
-        return
-    with _session(directory) as session:
-        accuracy.evaluate(session, asked(plan), progress=jobs.report).write(target)
-
-
-def agree(out: Path, plan: Recipe, bundle: str, student: str) -> None:
-    """A bundle's answers against its checkpoint's; near ties found by replaying what differs."""
-    reference = AccuracyResult.read(out / "work" / "answers" / f"{student}.json")
-    candidate = AccuracyResult.read(out / "work" / "answers" / f"{bundle}.json")
-    with _session(out / student) as session:
-        margins = accuracy.split_margins(session, asked(plan), reference, candidate)
-    found = accuracy.compare_answers(reference, candidate, margins=margins)
-    files.write_text(
-        out / "work" / "answers" / f"{bundle}.agreement.json", found.model_dump_json(indent=1) + "\n"
-    )
-
-
-def _session(directory: Path) -> Any:
-    if (directory / "manifest.json").exists():
-        return runtime.open_bundle(directory, threads=1)
-    from evals.torch_session import TorchSession
-
-    return TorchSession(directory)
-
-
-def measure(out: Path, plan: Recipe) -> None:
-    """Time every bundle in fresh processes, interleaved; kept in `work/latency.json`."""
-    question = asked(plan)[0]
-    found = latency.measure_all(
-        list(bundle_directories(out, plan)),
-        question.image_path,
-        question.question,
-        rounds=plan.measure.latency_rounds,
-        repeats=plan.measure.latency_repeats,
-    )
-    files.write_json(out / "work" / "latency.json", [one.model_dump(mode="json") for one in found])
 
 
 # --- the report -------------------------------------------------------
@@ -216,8 +126,7 @@ def collect(out: Path, plan: Recipe, *, command: str, smoke: bool, resumed: set[
         ],
         device=describe(),
         missing=[
-            *([Missing(what="GGUF bundles", why=no_gguf())] if plan.export.gguf and no_gguf() else []),
-            Missing(what="Core ML bundles", why="their exporter is not built yet"),
+            *demo_bundles.missing(plan),
             Missing(what="A phone or a Jetson board", why="all timings are of this computer's CPU"),
             Missing(what="Energy", why="no meter is read"),
         ],
@@ -434,7 +343,7 @@ def _bundles(out: Path, plan: Recipe) -> list[Bundle]:
         for one in files.read_json(out / "work" / "latency.json")
     }
     found = []
-    for directory, student in bundle_directories(out, plan).items():
+    for directory, student in demo_bundles.bundle_directories(out, plan).items():
         answers = out / "work" / "answers"
         found.append(
             gather.bundle_record(
@@ -446,7 +355,7 @@ def _bundles(out: Path, plan: Recipe) -> list[Bundle]:
                 agreement=Agreement.model_validate_json(
                     (answers / f"{directory.name}.agreement.json").read_bytes()
                 ),
-                measured=timed[directory.name],
+                measured=timed.get(directory.name),
             )
         )
     return found
@@ -460,4 +369,4 @@ def _examples(out: Path, plan: Recipe, tests: dict[str, AccuracyResult]) -> list
     for precision in plan.export.precisions:
         name = f"{student}-onnx-{precision}"
         shown[f"{precision} bundle"] = AccuracyResult.read(out / "work" / "answers" / f"{name}.json")
-    return gather.examples(asked(plan), shown, seed=plan.seed)
+    return gather.examples(demo_bundles.asked(plan), shown, seed=plan.seed)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from distill.demo import demo, demo_recipe, demo_report
+from distill.demo import demo, demo_bundles, demo_recipe, demo_report
 from distill.demo.demo import KD, MASTERS, SFT
 from distill.demo.demo_recipe import Recipe
 from distill.demo.demo_report import arm_metrics, best_rate, final_name
@@ -59,7 +59,7 @@ def _distil(out: Path, plan: Recipe, stages: Stages) -> None:
 def _deliver(out: Path, plan: Recipe, export: Export, stages: Stages) -> None:
     stages.run("export", "bundles through the parity gate", lambda run: run(_export_jobs(out, plan, export)))
     stages.run("answer", "checkpoints and bundles on the same questions", lambda run: _answer(out, plan, run))
-    stages.run("measure", "latency of every bundle", lambda _: demo_report.measure(out, plan))
+    stages.run("measure", "latency of every bundle", lambda _: demo_bundles.measure(out, plan))
 
 
 def _data_job(out: Path, plan: Recipe) -> Job:
@@ -137,10 +137,13 @@ def _test_jobs(out: Path, plan: Recipe) -> list[Job]:
 
 
 def _export_jobs(out: Path, plan: Recipe, export: Export) -> list[Job]:
-    """One job a student, which traces once and quantizes from that trace; GGUF of the first student alone."""
+    """One job a student, which traces once and quantizes from that trace; other formats of the first."""
     wanted = [(student, "onnx", plan.export.precisions) for student in plan.students]
-    if plan.export.gguf and not demo_report.no_gguf():
-        wanted.append((next(iter(plan.students)), "gguf", plan.export.gguf))
+    first = next(iter(plan.students))
+    if plan.export.gguf and not demo_bundles.no_gguf():
+        wanted.append((first, demo_bundles.GGUF, plan.export.gguf))
+    if plan.export.coreml and not demo_bundles.no_coreml():
+        wanted.append((first, demo_bundles.COREML, plan.export.coreml))
     return [
         Job(
             f"export {student} to {to}",
@@ -159,14 +162,14 @@ def _export_jobs(out: Path, plan: Recipe, export: Export) -> list[Job]:
 
 
 def _answer(out: Path, plan: Recipe, run: RunJobs) -> None:
-    run(demo_report.answer_jobs(out, plan))
+    run(demo_bundles.answer_jobs(out, plan))
     run(
         [
             Job(
                 f"compare {d.name}",
-                demo_report.agree,
+                demo_bundles.agree,
                 {"out": out, "plan": plan, "bundle": d.name, "student": s},
             )
-            for d, s in demo_report.bundle_directories(out, plan).items()
+            for d, s in demo_bundles.bundle_directories(out, plan).items()
         ]
     )

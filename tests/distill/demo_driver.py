@@ -15,7 +15,7 @@ TINY = {
     "masks": {"ratios": [0.0, 0.5], "images": 6, "stages": 2},
     "pool": {"limit_rows": 60},
     "measure": {"test_images": 12, "answers": 12, "latency_rounds": 1, "latency_repeats": 2},
-    "export": {"precisions": ["fp32"], "gguf": ["q8_0"]},
+    "export": {"precisions": ["fp32"], "gguf": ["q8_0"], "coreml": ["fp16"]},
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distill.demo import demo_recipe, demo_report, demo_run
+from distill.demo import demo_bundles, demo_recipe, demo_run
 from runtime.errors import StateError
 from runtime.files import Ledger
 from tests.distill.demo_driver import tiny
@@ -70,20 +70,29 @@ def test_every_stage_is_in_the_ledger_and_every_name_on_disk(finished: Path) -> 
     assert "<html" in (finished / "report" / "index.html").read_text()
     of_llama_cpp = [bundle for bundle in results["bundles"] if bundle["format"] == "gguf"]
     missing = {row["what"]: row["why"] for row in results["missing"]}
-    if demo_report.no_gguf():
+    if demo_bundles.no_gguf():
         assert not of_llama_cpp and "pip install" in missing["GGUF bundles"]
     else:
         assert [bundle["precision"] for bundle in of_llama_cpp] == ["q8_0"] and "GGUF bundles" not in missing
         assert of_llama_cpp[0]["test"]["n"] == 12 and of_llama_cpp[0]["latency"]
 
+    of_coreml = [bundle for bundle in results["bundles"] if bundle["format"] == "coreml"]
+    if demo_bundles.no_coreml():
+        assert not of_coreml and "pip install" in missing["Core ML bundles"]
+    else:
+        assert [bundle["precision"] for bundle in of_coreml] == ["fp16"] and "Core ML bundles" not in missing
+        assert of_coreml[0]["test"]["n"] == 12 and not of_coreml[0]["latency"]
+        assert "numerics only" in missing["Speed of Core ML bundles"]
+
 
 def test_without_llama_cpp_the_demo_has_one_line_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_spec(name: str) -> object:
-        """gguf is there and llama_cpp is not, whatever this environment has."""
-        return None if name == "llama_cpp" else object()
+        """gguf is there, llama_cpp and coremltools are not, whatever this environment has."""
+        return None if name in ("llama_cpp", "coremltools") else object()
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    assert demo_report.no_gguf() == "llama-cpp is not installed; run: pip install 'pocketvlm[gguf]'"
+    assert demo_bundles.no_gguf() == "llama-cpp is not installed; run: pip install 'pocketvlm[gguf]'"
+    assert demo_bundles.no_coreml() == "coremltools is not installed; run: pip install 'pocketvlm[coreml]'"
     exported = [job.name for job in demo_run._export_jobs(Path("out"), tiny(), print)]
     assert exported == ["export student to onnx"]
 
@@ -149,7 +158,7 @@ def test_another_recipe_is_refused_with_the_difference(finished: Path) -> None:
 
 def test_no_test_question_is_seen_before_the_test(finished: Path) -> None:
     """What training and choosing read is the training split; answered questions are the test split's."""
-    asked = demo_report.asked(tiny())
+    asked = demo_bundles.asked(tiny())
     assert all(item.image_path.parts[-3] == "test" for item in asked)
     drawn = [
         json.loads(line)
