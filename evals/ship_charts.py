@@ -69,12 +69,15 @@ def front(candidates: Sequence[Candidate]) -> set[int]:
     return {b.number for b in candidates if not any(beats(a, b) for a in candidates)}
 
 
-def tradeoff(candidates: Sequence[Candidate], device: str) -> Chart | None:
-    """Accuracy against download and against time to first text; the front of all three is drawn strong."""
+def tradeoff(candidates: Sequence[Candidate], device: str, *, sizes: bool = True) -> Chart | None:
+    """Accuracy against download and against time to first text; the front of all three is drawn strong.
+
+    `sizes`: whether to draw the panel of downloads, which is the same for every device.
+    """
     by_size = [c for c in candidates if c.accuracy is not None and c.size_mb]
     by_time = [c for c in candidates if c.accuracy is not None and c.ttft_ms]
     panels: list[tuple[str, Sequence[Candidate], Callable[[Candidate], float]]] = []
-    if by_size:
+    if by_size and sizes:
         panels.append(("download, MB", by_size, lambda c: c.size_mb or 0.0))
     if by_time:
         panels.append((f"time to first text on {device}, ms", by_time, lambda c: c.ttft_ms or 0.0))
@@ -110,7 +113,8 @@ def _scatter(
     for c in chosen:
         if c.low is not None and c.high is not None:
             axes.plot([x_of(c)] * 2, [c.low, c.high], color=_colour(c), linewidth=1.6, alpha=0.5)
-    _room(axes, xs, logarithmic)
+    bounds = [bound for c in chosen for bound in (c.low, c.high, c.accuracy) if bound is not None]
+    _room(axes, xs, bounds, logarithmic)
     _numbers(axes, chosen, x_of, best, logarithmic)
     axes.grid(axis="y")
 
@@ -119,14 +123,14 @@ def _colour(c: Candidate) -> str:
     return {"passed": ACCENT, "failed": BAD}.get(c.state, MUTED)
 
 
-def _room(axes: Axes, xs: Sequence[float], logarithmic: bool) -> None:
+def _room(axes: Axes, xs: Sequence[float], ys: Sequence[float], logarithmic: bool) -> None:
     if logarithmic:
         axes.set_xlim(min(xs) / 1.35, max(xs) * 1.35)
     else:
         spread = max(max(xs) - min(xs), 0.2 * max(xs))
         axes.set_xlim(max(0.0, min(xs) - 0.15 * spread), max(xs) + 0.15 * spread)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    space = 0.12 * max(max(ys) - min(ys), 0.5)
+    axes.set_ylim(min(ys) - space, max(ys) + space)
 
 
 PANEL = (340.0, 230.0)
@@ -154,7 +158,8 @@ def _numbers(
         axes.plot(x, y, "o", markersize=4, color=colour, clip_on=False)
         axes.annotate(
             str(c.number), (x, y), xytext=(dx, dy), textcoords="offset points", ha="center", va="center",
-            fontsize=9.5, weight="bold", color=CARD if strong else colour, annotation_clip=False,
+            fontsize=9.5, weight="bold", zorder=4 if dx == dy == 0 else 3,  # lines below circles
+            color=CARD if strong else colour, annotation_clip=False,
             bbox={
                 "boxstyle": "circle,pad=0.28", "facecolor": colour if strong else CARD, "edgecolor": colour,
                 "linewidth": 1.4,

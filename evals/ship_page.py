@@ -63,8 +63,10 @@ def template(name: str, context: dict[str, Any]) -> str:
 def _context(report: Report) -> dict[str, Any]:
     evidence, verdict = report.evidence, report.verdict
     numbers = {one.name: i for i, one in enumerate(evidence.bundles, 1)}
-    devices = [_device(report, one.name, numbers) for one in evidence.devices]
-    tradeoffs = [c for c in (_tradeoff(report, name, numbers) for name in _device_names(evidence)) if c]
+    seen = sorted(evidence.devices, key=lambda one: one.emulated)
+    devices = [_device(report, one.name, numbers) for one in seen]
+    drawn = [_tradeoff(report, name, numbers, i == 0) for i, name in enumerate(_device_names(evidence))]
+    tradeoffs = [one for one in drawn if one is not None]
     robust = [r for task in evidence.tasks if (r := _robustness(report, task)) is not None]
     flips = _flips(report)
     present = {
@@ -145,8 +147,8 @@ def _check_row(one: Check) -> dict[str, Any]:
     }
 
 
-def _tradeoff(report: Report, device: str, numbers: dict[str, int]) -> dict[str, Any] | None:
-    """A picture for one device; times are those of the first grid point."""
+def _tradeoff(report: Report, device: str, numbers: dict[str, int], first: bool) -> dict[str, Any] | None:
+    """A picture for one device; times are those of the first grid point. Sizes go with the first device."""
     evidence = report.evidence
     candidates = []
     for bundle in evidence.bundles:
@@ -166,10 +168,12 @@ def _tradeoff(report: Report, device: str, numbers: dict[str, int]) -> dict[str,
                 high=100 * one.high if one else None,
             )
         )
-    chart = charts.tradeoff(candidates, device)
+    chart = charts.tradeoff(candidates, device, sizes=first)
     if chart is None:
         return None
-    return {"device": device, "chart": chart, "front": charts.front(candidates), "tasks": len(evidence.tasks)}
+    best = charts.front(candidates)
+    unbeaten = [f"{one.number} {one.name}" for one in candidates if one.number in best]
+    return {"device": device, "chart": chart, "unbeaten": unbeaten, "tasks": len(evidence.tasks)}
 
 
 def _robustness(report: Report, task: Task) -> dict[str, Any] | None:

@@ -59,9 +59,11 @@ def tiles(report: Report) -> list[dict[str, str]]:
 def fleet_row(report: Report, bundle: str) -> dict[str, Any]:
     """One candidate: a cell for each device, in their order."""
     cells = []
+    emulated = {one.name for one in report.evidence.devices if one.emulated}
     for device in report.verdict.devices:
         cell = report.verdict.cell(device, bundle)
-        timing = next(iter(report.evidence.timings_of(device, bundle)), None)
+        timings = [] if device in emulated else report.evidence.timings_of(device, bundle)
+        timing = timings[0] if timings else None
         chosen = report.verdict.chosen.get(device) == bundle
         cells.append(
             {"cell": cell, "words": cell_words(cell) if cell else "", "timing": timing, "chosen": chosen}
@@ -138,7 +140,7 @@ def variant_rows(evidence: Evidence, task: Task) -> list[dict[str, Any]]:
         for subject in task.subjects:
             summary = task.summary(subject.name, variant.name)
             change = against(evidence, task, subject.name, variant.name) if subject.kind == "bundle" else None
-            worse = change is not None and change.high < 0
+            worse = change is not None and 2 * change.p_down < 0.05
             cells.append({"summary": summary, "change": change, "worse": worse})
         found.append({"variant": variant, "cells": cells})
     return found

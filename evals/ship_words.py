@@ -18,14 +18,14 @@ from evals.ship_results import Cell, Check, State
 
 TOLD = 4
 """Reasons that the verdict's sentences tell of one candidate; the page has all."""
-UNMET: tuple[State, ...] = ("failed", "unproven", "missing")
 
 
 def number(value: float, unit: str) -> str:
     """A value of a check with its unit, as the page and Markdown write it."""
-    text = f"{value:,.0f}" if unit == "" and float(value).is_integer() else fmt.significant(value)
+    value = value or 0.0  # minus zero
+    text = f"{value:,.0f}" if unit == "" and value.is_integer() else fmt.significant(value)
     if unit in ("%", "points"):
-        text = f"{value:.2f}".replace("-", fmt.MINUS)
+        text = f"{value:.2f}".replace("-0.00", "0.00").replace("-", fmt.MINUS)
     return f"{text}{fmt.THIN}{unit}" if unit else text
 
 
@@ -119,23 +119,32 @@ def _reasons(
     gate: Gate, chosen: Mapping[str, str | None], cells: Sequence[Cell], checks: Sequence[Check]
 ) -> list[str]:
     """Of every device that is not served, what keeps the nearest candidate back; all of them for `all`."""
-    behind = []
+    behind: list[Cell] = []
     for device in chosen:
         own = [one for one in cells if one.device == device and one.state != "passed"]
         if gate.require == "all":
             behind += own
         elif chosen[device] is None:
             behind.append(min(own, key=lambda one: (one.failed, one.unproven, one.missing)))
-    told = []
-    for bundle in dict.fromkeys(one.bundle for one in behind):
-        devices = {one.device for one in behind if one.bundle == bundle}
-        unmet = [
-            one
-            for state in UNMET
-            for one in checks
-            if one.state == state and one.bundle == bundle and (one.everywhere or one.device in devices)
-            if not (state == "missing" and gate.missing == "ignore")
-        ]
-        more = f"; and {len(unmet) - TOLD} more" if len(unmet) > TOLD else ""
-        told.append(f"{bundle}: {'; '.join(one.text for one in unmet[:TOLD])}{more}.")
-    return told
+    devices: dict[str, set[str]] = {}
+    for cell in behind:
+        devices.setdefault(cell.bundle, set()).add(cell.device)
+    return [_reason(gate, bundle, where, checks) for bundle, where in devices.items()]
+
+
+def _reason(gate: Gate, bundle: str, devices: set[str], checks: Sequence[Check]) -> str:
+    """What one candidate does not keep; what was not measured is told once for a quantity."""
+    own = [one for one in checks if one.bundle == bundle and (one.everywhere or one.device in devices)]
+    unmet = [one for state in ("failed", "unproven") for one in own if one.state == state]
+    parts = [one.text for one in unmet[:TOLD]]
+    if len(unmet) > TOLD:
+        parts.append(f"and {len(unmet) - TOLD} more")
+    absent: dict[str, list[str]] = {}
+    for one in own:
+        if one.state == "missing" and gate.missing == "fail":
+            absent.setdefault(one.label, []).append(place_words(one).removeprefix(" on "))
+    if absent:
+        places = {label: "; ".join(filter(None, where)) for label, where in absent.items()}
+        told = [f"{label} ({where})" if where else label for label, where in places.items()]
+        parts.append(f"not measured: {', '.join(told)}")
+    return f"{bundle}: {'; '.join(parts) or 'no rule had anything to judge'}."
