@@ -112,7 +112,10 @@ def zeros(kind: TensorType) -> Array:
     sizes = [size for size in kind.shape if size is not None]
     if len(sizes) != len(kind.shape):
         raise BundleError(f"a state has the moving shape {kind}; re-export")
-    return np.zeros(sizes, np.float32 if kind.dtype == "float16" else kind.numpy)
+    try:
+        return np.zeros(sizes, np.float32 if kind.dtype == "float16" else kind.numpy)
+    except (MemoryError, ValueError) as error:
+        raise BundleError(f"a state of {kind} does not fit into memory; re-export") from error
 
 
 def _read(package: Path) -> tuple[Model, WeightFiles]:

@@ -155,7 +155,7 @@ class Evaluator:
                 values[name] = self._settled(result, kind, operation.type)
         except BundleError:
             raise
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
             where = f"{self._where}, {operation.type} {operation.name!r}"
             raise BundleError(f"{where}: {error}; re-export") from error
 
