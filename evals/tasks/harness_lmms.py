@@ -124,11 +124,20 @@ def seedbench(response: str, answer: str) -> tuple[str, bool]:
     return read, read.lower().strip() == answer.lower().strip()
 
 
-def blink(response: str, answer: str) -> tuple[str, bool]:
-    """BLINK: the letter at the start, also of a word (`Because` is B)."""
-    match = re.match(r"[(\s]*([A-Za-z])", response.strip())
-    read = match[1].upper() if match else ""
-    return read, read == answer.strip("()")
+def blink(response: str, answer: str, letters: str) -> tuple[str, bool]:
+    """BLINK: a first line that is a letter, the last `answer is (B)`, the last `(B)`, a letter at the start
+    (also of a word). Only the question's own letters count, in either case."""
+    text = response.strip()
+    own = re.escape(letters)
+    first = text.split("\n", 1)[0].strip()
+    alone = re.match(rf"^\(?([{own}])\)?[\.\s:,)]*$", first, re.IGNORECASE) if len(first) <= 4 else None
+    said = re.findall(
+        rf"answers?(?:\s+is)?\s*[:\-]?\s*\(?([{own}])\)?(?![A-Za-z])", text, re.IGNORECASE
+    )
+    bracketed = re.findall(rf"\(([{own}])\)", text)
+    leading = re.match(rf"[\(\s]*([{own}])", text, re.IGNORECASE)
+    read = alone[1] if alone else (said or bracketed or [leading[1] if leading else ""])[-1]
+    return read.upper(), read.upper() == answer.strip("()")
 
 
 def realworldqa(response: str, answer: str) -> tuple[str, bool]:

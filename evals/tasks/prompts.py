@@ -114,7 +114,7 @@ def lmms_blink(asked: Asked) -> str:
 def lmms_mathvista(asked: Asked) -> str:
     """The harness's `format-prompt`, which asks for the bare answer, as scoring without a judge needs it."""
     unit, precision = asked.field("unit"), asked.field("precision")
-    text = asked.question + (f" (Unit: {unit})" if unit else "")
+    text = asked.question.lstrip() + (f" (Unit: {unit})" if unit else "")
     text += f"\n{asked.lettered}" if asked.options else ""
     if asked.field("question_type") == "multi_choice":
         return f"{text}\n{DIRECTLY}"

@@ -77,6 +77,12 @@ def _letter(rule: Callable[[str, dict[str, str]], str | None], question: Questio
     return Scored(float(read == _answer(question)), read, unread=not read)
 
 
+def _lmms_blink(question: Question, response: str) -> Scored:
+    letters = question.letters[: len(question.options)] or question.letters
+    read, right = lmms.blink(response, _answer(question), letters)
+    return Scored(float(right), read, unread=not read)
+
+
 def _lmms_mmmu(question: Question, response: str) -> Scored:
     if question.options:
         return _letter(lmms.mmmu_option, question, response)
@@ -110,7 +116,7 @@ RULES: dict[str, Rule] = {
     "vlmevalkit.vqa_match": partial(_over_references, vlmeval.vqa_match),
     "lmms.ai2d": partial(_read_and_right, lmms.ai2d),
     "lmms.seedbench": partial(_read_and_right, lmms.seedbench),
-    "lmms.blink": partial(_read_and_right, lmms.blink),
+    "lmms.blink": _lmms_blink,
     "lmms.realworldqa": partial(_read_and_right, lmms.realworldqa),
     "lmms.mmbench": partial(_letter, lmms.mmbench),
     "lmms.mmmu": _lmms_mmmu,

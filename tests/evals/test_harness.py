@@ -1,0 +1,118 @@
+"""Our prompts and scores against VLMEvalKit's and lmms-eval's own, on fixtures that their code made.
+
+The fixtures come from VLMEvalKit e8e78f0 (2026-08-18) and lmms-eval 0.7.3 by
+`benchmarks/against/harness_scores.py`; docs/tasks.md says how to make them again.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from evals.tasks import prompts, scoring
+from evals.tasks.catalogue import open_task
+from evals.tasks.harness_lmms import listed
+from evals.tasks.harness_vlmevalkit import accepted
+from evals.tasks.question import Question
+
+FIXTURES = Path(__file__).parent / "fixtures" / "harness.jsonl"
+HARNESS_RULES = sorted(name for name in scoring.RULES if "." in name)
+HARNESS_PROMPTS = sorted(name for name in prompts.PROMPTS if "." in name)
+
+
+@functools.cache
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in FIXTURES.read_text().splitlines()]
+
+
+def of(rule: str) -> list[dict[str, Any]]:
+    return [row for row in rows() if row["rule"] == rule]
+
+
+def question(row: dict[str, Any]) -> Question:
+    own, options = row.get("row", {}), list(row.get("options", {}).values())
+    if "references" in row:
+        references = row["references"]
+    elif row["rule"].startswith("vlmevalkit") and not options and "answer" in row:
+        references = accepted(row["answer"])
+    else:
+        references = [row.get("answer", own.get("answer"))]
+    return Question(
+        id="1",
+        group="1",
+        question="q",
+        prompt="q",
+        images=(),
+        references=tuple(references),
+        options=tuple(options or listed(own.get("choices", []))),
+        row=own,
+    )
+
+
+@pytest.mark.parametrize("rule", HARNESS_RULES)
+def test_a_score_is_the_harness_s(rule: str) -> None:
+    cases = of(rule)
+    assert len(cases) >= 50
+    assert {0.0} < {row["score"] for row in cases}, "cases of both outcomes"
+    wrong = [
+        (row["response"], row.get("options"), row["score"], found)
+        for row in cases
+        if abs((found := scoring.score(rule, question(row), row["response"])).score - row["score"]) > 1e-9
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", HARNESS_PROMPTS)
+def test_a_prompt_is_the_harness_s(name: str) -> None:
+    cases = [row for row in of("prompt") if row["prompt"] == name]
+    assert len(cases) >= 4
+    for case in cases:
+        row = case["row"]
+        options = case.get("options", [row[letter] for letter in "ABCDE" if letter in row])
+        asked = prompts.Asked(row["question"], options, row.get("hint") or "", row)
+        assert prompts.PROMPTS[name](asked) == case["text"]
+
+
+@pytest.mark.parametrize(("rule", "name"), [("circular", "MMBench_DEV_EN"), ("mmmu", "MMMU_DEV_VAL")])
+def test_a_file_scores_as_in_vlmevalkit(rule: str, name: str, tmp_path: Path) -> None:
+    """From the TSV to the units: MMBench's groups of orders, MMMU's open questions."""
+    (case,) = of(rule)
+    path = write_tsv(tmp_path / f"{name}.tsv", case["rows"])
+    task = open_task(str(path))
+    assert task.circular == (rule == "circular")
+    predictions = {str(row["index"]): row["prediction"] for row in case["rows"]}
+    units: dict[str, float] = {}
+    for one in task.questions:
+        score = scoring.score(task.scorer, one, predictions[one.id]).score
+        units[one.unit] = min(units.get(one.unit, 1.0), score)
+    assert units == case["hits"]
+    assert Counter(units.values()).keys() == {0.0, 1.0}
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A benchmark file with a picture of its own in every row but those of other orders, which point at it."""
+    columns = ["index", "image", *(key for row in rows for key in row if key != "prediction")]
+    with path.open("w", newline="") as stream:
+        named = list(dict.fromkeys(columns))
+        writer = csv.DictWriter(stream, named, "", delimiter="\t", extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            first = row["index"] % 1_000_000
+            picture = png(first) if row["index"] == first else str(first)
+            writer.writerow({**row, "image": picture})
+    return path
+
+
+def png(number: int) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 24), (number % 256, 40, 200)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
