@@ -22,7 +22,7 @@ from runtime import conformance, files, prompt
 from runtime.errors import InputError
 from runtime.image import MAX_SOURCE_PIXELS, load
 
-LARGEST_SIDE = 16_384
+LARGEST_SIDE, MOST_TOKENS = 16_384, 1_000_000
 JPEG_QUALITY = 95
 
 
@@ -68,8 +68,10 @@ def lengths_of(given: str | None) -> list[int]:
     """Tokens of `16,128`. Raises InputError with what was wrong."""
     found = [part.strip() for part in (given or "").split(",") if part.strip()]
     for part in found:
-        if not part.isdigit() or int(part) < 1:
-            raise InputError(f"--prompts {part}: expected numbers of tokens such as 16,128,512")
+        if not part.isdigit() or not 1 <= int(part) <= MOST_TOKENS:
+            raise InputError(
+                f"--prompts {part}: expected numbers of tokens such as 16,128,512, up to {MOST_TOKENS}"
+            )
     return list(dict.fromkeys(int(part) for part in found))
 
 
@@ -113,18 +115,16 @@ def grid(
 
 
 def question_of(tokenizer: Tokenizer, question: str, tokens: int) -> str:
-    """The question's words, again and again, as far as `tokens` tokens go; the last word may be cut."""
-    words = question.split() or ["what", "is", "this?"]
-    text = " ".join(words * (tokens // max(1, _count(tokenizer, " ".join(words))) + 2))
-    low, high = 0, len(text)
-    while low < high:  # the longest beginning that is not too long
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _count(tokenizer, text[:middle]) <= tokens else (low, middle - 1)
-    return text[:low].rstrip() or text[:1]
+    """The question again and again, cut where `tokens` tokens end; the last word may be cut, too.
 
-
-def _count(tokenizer: Tokenizer, text: str) -> int:
-    return len(tokenizer.encode(text, add_special_tokens=False).ids)
+    Raises InputError when the tokenizer makes nothing of the question.
+    """
+    text = " ".join(question.split())
+    while len(found := tokenizer.encode(text, add_special_tokens=False)) < tokens:
+        if not len(found):
+            raise InputError(f"--question {question!r}: has no token to repeat; ask with words")
+        text = f"{text} {text}"
+    return text[: found.offsets[tokens - 1][1]]
 
 
 def _tokenizer(bundle: Path) -> Tokenizer:

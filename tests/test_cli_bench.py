@@ -123,7 +123,7 @@ def test_sizes_that_are_none_are_refused(given: str) -> None:
         bench_grid.sizes_of(f"64,{given}")
 
 
-@pytest.mark.parametrize("given", ["0", "many", "1.5", "-2"])
+@pytest.mark.parametrize("given", ["0", "many", "1.5", "-2", "9000000"])
 def test_lengths_that_are_none_are_refused(given: str) -> None:
     with pytest.raises(InputError, match=f"--prompts {given}"):
         bench_grid.lengths_of(f"16,{given}")
