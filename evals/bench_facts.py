@@ -12,6 +12,7 @@ from pathlib import Path
 from evals import ceilings
 from evals.bench_results import BundlePart, BundleResult, Roofline
 from runtime import bundle as bundles
+from runtime import coreml_engine
 from runtime.errors import InputError
 from runtime.files import sha256_file
 from runtime.manifest import Manifest
@@ -73,7 +74,7 @@ class BundleFacts:
         state, counted = 0, "weights of the decoding part as stored"
         if state_bytes is not None and max_context:
             # graphs of fixed shapes read their whole buffers, however short the sequence
-            whole = self.manifest.static is not None
+            whole = self.manifest.static is not None or self.manifest.coreml is not None
             state = state_bytes if whole else state_bytes * context_tokens // max_context
             counted += (
                 ", and the state's whole buffers" if whole else ", and the state of the sequence so far"
@@ -100,17 +101,18 @@ def read(paths: Sequence[Path], *, any_format: bool = False) -> list[BundleFacts
     """Facts of bundle directories; two of one name are told apart by the directory above.
 
     Raises BundleError when one cannot be read, InputError on none, on the same one twice, or (but for
-    `any_format`) on a format that nothing here can run.
+    `any_format`) on Core ML beside another format where no Core ML is: an evaluator's times are no device's.
     """
     if not paths:
         raise InputError("bench: got no bundle; give at least one directory made by `pocketvlm export`")
     found = [(path, bundles.read(path, verify=False)) for path in paths]
-    for path, manifest in found:
-        if manifest.format == "coreml" and not any_format:
-            raise InputError(
-                f"{path}: Core ML runs on Apple's devices only; run the bundle's Swift benchmark there and "
-                "give its file to --import"
-            )
+    formats = {manifest.format for _, manifest in found}
+    if "coreml" in formats and len(formats) > 1 and not any_format and (why := coreml_engine.unavailable()):
+        odd = next(path for path, manifest in found if manifest.format == "coreml")
+        raise InputError(
+            f"{odd}: {why}; the times of the evaluator say nothing beside those of others: leave it out, or "
+            "run the bundle's Swift benchmark on a device and give its file to --import"
+        )
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path.resolve().parent.name}/{path.resolve().name}" for path in paths]

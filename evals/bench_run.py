@@ -23,6 +23,7 @@ from evals.bench_grid import Asked
 from evals.bench_results import SCHEMA, BenchResults, BundleResult, PointResult, Policy, Run, Tool
 from evals.bench_task import Outcome, Task
 from runtime.errors import InputError, PocketError
+from runtime.providers import EVALUATOR
 
 Progress = Callable[[str], None]
 
@@ -188,7 +189,7 @@ def _turn(found: Sequence[_Measured], number: int) -> list[_Measured]:
 
 def _results(request: Request, found: Sequence[_Measured], bandwidths: Sequence[Bandwidth]) -> BenchResults:
     sheet = device.sheet(request.device_name)
-    why = emulation.emulated_why()
+    why = emulation.emulated_why() or _evaluated(found)
     best = max(bandwidths, key=lambda each: each.read_gb_s, default=None)
     return bench_summary.complete(
         BenchResults(
@@ -208,6 +209,18 @@ def _results(request: Request, found: Sequence[_Measured], bandwidths: Sequence[
             missing=tuple(_missing(request, sheet)),
         )
     )
+
+
+def _evaluated(found: Sequence[_Measured]) -> str | None:
+    """Why the times are no device's where an evaluator ran a bundle."""
+    units = {
+        each.facts.name: unit
+        for each in found
+        for outcome in each.last.values()
+        for unit, _ in outcome.units.values()
+    }
+    names = [name for name, unit in units.items() if unit == EVALUATOR]
+    return f"numpy evaluates the ML programs of {', '.join(names)}" if names else None
 
 
 def _bundle(each: _Measured, sheet: DeviceSheet, request: Request) -> BundleResult:

@@ -170,7 +170,8 @@ class Work:
         }
         tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         notes = (*facts.notes, *coreml_policy.hazards(schemes))
-        return draft.model_copy(update={"tool_versions": tools, "notes": notes})
+        # Core ML's compute units; execution providers are onnxruntime's
+        return draft.model_copy(update={"tool_versions": tools, "notes": notes, "providers": ("ALL",)})
 
 
 def _is_plain(policy: Policy, base: str) -> bool:

@@ -45,7 +45,10 @@ def answer(
     """Answer one question, as it comes, and say what it took."""
     if as_json:
         found = session.ask(list(images), question, options, choices=choices)
-        print(json.dumps({"load_ms": round(session.load_ms, 3), **as_dict(found)}, ensure_ascii=False))
+        told = {"load_ms": round(session.load_ms, 3), **as_dict(found)}
+        if session.emulated:
+            told["emulated"] = session.emulated
+        print(json.dumps(told, ensure_ascii=False))
         return
     if choices is not None:
         _print_choices(session.ask(list(images), question, options, choices=choices))

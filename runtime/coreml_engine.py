@@ -21,9 +21,8 @@ from runtime.errors import BundleError, MissingExtra
 from runtime.manifest import Manifest
 from runtime.mil_program import Array, TensorType
 from runtime.mil_weights import Store
-from runtime.providers import ProviderReport, RunSettings
+from runtime.providers import EVALUATOR, ProviderReport, RunSettings
 
-EVALUATOR = "evaluator"
 UNITS = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")
 """Core ML's compute units by their names in coremltools; they are asked for as providers are."""
 
@@ -62,7 +61,7 @@ def open_engine(directory: Path, manifest: Manifest, settings: RunSettings) -> E
     asked = tuple(dict.fromkeys(settings.providers))
     reasons = {name: f"is no compute unit; there are {', '.join(UNITS)}" for name in asked}
     known = [name for name in asked if name in UNITS]
-    lacking = _lacking()
+    lacking = unavailable()
     if not lacking and asked[:1] != (EVALUATOR,):
         unit = known[0] if known else UNITS[0]
         reasons |= dict.fromkeys(known, f"{unit} comes first")
@@ -75,7 +74,7 @@ def _skipped(reasons: Mapping[str, str], asked: tuple[str, ...], used: str) -> t
     return tuple(ProviderReport(name, (), reasons[name]) for name in asked if name != used)
 
 
-def _lacking() -> str:
+def unavailable() -> str:
     """Why Core ML cannot be used here; empty where it can."""
     if platform.system() != "Darwin":
         return "Core ML is part of macOS and iOS alone"

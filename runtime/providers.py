@@ -17,6 +17,8 @@ from runtime.manifest import Part
 from runtime.threads import default_threads
 
 CPU = "CPUExecutionProvider"
+EVALUATOR = "evaluator"
+"""What runs the parts of a Core ML bundle where Core ML is not; its times and memory are no device's."""
 DEVICES = {
     "CUDAExecutionProvider": "cuda",
     "TensorrtExecutionProvider": "cuda",

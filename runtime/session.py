@@ -38,7 +38,7 @@ from runtime.feature_memory import FeatureMemory, freeze, picture_key
 from runtime.generation import GenerationOptions
 from runtime.image import ImageFeatures, ImageInput, PreparedImage
 from runtime.manifest import Manifest
-from runtime.providers import ProviderReport, RunSettings
+from runtime.providers import EVALUATOR, ProviderReport, RunSettings
 from runtime.sequence import RunningSequence, positions_of
 
 __all__ = ["Answer", "GenerationStats", "Session", "Sources", "open_bundle", "sources_of"]
@@ -118,6 +118,11 @@ class Session(Answering):
     def providers(self) -> tuple[ProviderReport, ...]:
         """What became of each execution provider that was asked for."""
         return self._open().providers
+
+    @property
+    def emulated(self) -> str:
+        """Why times and memory are not those of the device that the bundle is for; empty where they are."""
+        return next((report.reason for report in self.providers if report.name == EVALUATOR), "")
 
     @property
     def kv_bytes(self) -> int:
