@@ -6,23 +6,20 @@ The fixtures come from VLMEvalKit e8e78f0 (2026-08-18) and lmms-eval 0.7.3 by
 
 from __future__ import annotations
 
-import base64
-import csv
 import functools
-import io
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from evals.tasks import prompts, scoring
 from evals.tasks.catalogue import open_task
 from evals.tasks.harness_lmms import listed
 from evals.tasks.harness_vlmevalkit import accepted
 from evals.tasks.question import Question
+from tests.evals.task_files import write_tsv
 
 FIXTURES = Path(__file__).parent / "fixtures" / "harness.jsonl"
 HARNESS_RULES = sorted(name for name in scoring.RULES if "." in name)
@@ -96,23 +93,3 @@ def test_a_file_scores_as_in_vlmevalkit(rule: str, name: str, tmp_path: Path) ->
         units[one.unit] = min(units.get(one.unit, 1.0), score)
     assert units == case["hits"]
     assert Counter(units.values()).keys() == {0.0, 1.0}
-
-
-def write_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A benchmark file with a picture of its own in every row but those of other orders, which point at it."""
-    columns = ["index", "image", *(key for row in rows for key in row if key != "prediction")]
-    with path.open("w", newline="") as stream:
-        named = list(dict.fromkeys(columns))
-        writer = csv.DictWriter(stream, named, "", delimiter="\t", extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            first = row["index"] % 1_000_000
-            picture = png(first) if row["index"] == first else str(first)
-            writer.writerow({**row, "image": picture})
-    return path
-
-
-def png(number: int) -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (24, 24), (number % 256, 40, 200)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
