@@ -575,6 +575,12 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Answers before them that do not count.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode per answer, stop or not.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
+    providers: Annotated[
+        str | None, typer.Option(metavar="A,B", help="onnxruntime's execution providers, preferred first.")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a conversation; their state is allocated.")
+    ] = None,
     drop_cache: Annotated[bool, typer.Option("--drop-cache", help="Forget cached files first.")] = False,
     sustained: Annotated[
         str | None, typer.Option(metavar="TIME", help="Also answer on end for 90s, 10m, 1h: drift.")
@@ -641,6 +647,8 @@ def bench(
             warmup=warmup,
             tokens=tokens,
             threads=threads,
+            providers=tuple(_listed(providers) or ()),
+            max_context=max_context,
             drop_cache=drop_cache,
             sustained=sustained,
             energy_s=energy,

@@ -54,6 +54,8 @@ class Options:
     warmup: int = 3
     tokens: int = 16
     threads: int | None = None
+    providers: tuple[str, ...] = ()
+    max_context: int | None = None
     drop_cache: bool = False
     sustained: str | None = None
     energy_s: float = 20.0
@@ -79,6 +81,8 @@ def measure(options: Options, out: Path | None, progress: Callable[[str], None])
         repeats=options.repeats,
         decode_tokens=options.tokens,
         threads=options.threads or default_threads(),
+        providers=options.providers,
+        max_context=options.max_context,
     )
     with _work(out) as work:
         image, question = bench_grid.subject(options.bundles[0], options.image, options.question)

@@ -170,7 +170,13 @@ def _open(task: Task) -> Session:
     """`reuse` off: every answer is a first one."""
     import runtime
 
-    return runtime.open_bundle(str(task.bundle), threads=task.threads, reuse=False)
+    return runtime.open_bundle(
+        str(task.bundle),
+        threads=task.threads,
+        providers=task.providers or None,
+        max_context=task.max_context,
+        reuse=False,
+    )
 
 
 def _timed_open(task: Task) -> float:

@@ -275,6 +275,12 @@ class Policy(Record):
     repeats: Annotated[int, Field(ge=1)]
     decode_tokens: Count
     threads: Annotated[int, Field(ge=1)] | None = None
+    providers: tuple[str, ...] = Field(
+        default=(), description="execution providers asked for; empty: the bundle's own"
+    )
+    max_context: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="tokens of state that were asked for; null: the session's default"
+    )
     interleaved: bool = True
 
 

@@ -78,8 +78,11 @@ def run(request: Request, kept: Path | None = None, progress: Progress | None = 
     for each in found:
         if not each.runs:
             raise PocketError(each.missing[0].why)
+    emulated = emulation.emulated_why()
+    evaluated = _evaluated(found)
+    for each in found if not (emulated or evaluated) else ():
         runner.extras(each, request.grid[0])
-    results = _results(request, found, [*before, *runner.bandwidth("after")])
+    results = _results(request, found, [*before, *runner.bandwidth("after")], emulated, evaluated)
     runner.kept.clear()
     return results
 
@@ -146,6 +149,8 @@ class _Runner:
                 "image": None if asked.image is None else str(asked.image),
                 "question": asked.point.question,
                 "threads": policy.threads or 1,
+                "providers": policy.providers,
+                "max_context": policy.max_context,
                 "warmup": policy.warmup,
                 "repeats": policy.repeats,
                 "decode_tokens": policy.decode_tokens,
@@ -187,9 +192,14 @@ def _turn(found: Sequence[_Measured], number: int) -> list[_Measured]:
 # --- what comes of it -------------------------------------------------
 
 
-def _results(request: Request, found: Sequence[_Measured], bandwidths: Sequence[Bandwidth]) -> BenchResults:
-    sheet = device.sheet(request.device_name)
-    why = emulation.emulated_why() or _evaluated(found)
+def _results(
+    request: Request,
+    found: Sequence[_Measured],
+    bandwidths: Sequence[Bandwidth],
+    emulated: str | None,
+    evaluated: str | None,
+) -> BenchResults:
+    sheet, why = device.sheet(request.device_name), emulated or evaluated
     best = max(bandwidths, key=lambda each: each.read_gb_s, default=None)
     return bench_summary.complete(
         BenchResults(
@@ -198,7 +208,7 @@ def _results(request: Request, found: Sequence[_Measured], bandwidths: Sequence[
             tool=Tool(
                 name="pocketvlm bench", version=device.versions(["pocketvlm"]).get("pocketvlm", "source")
             ),
-            source="local",
+            source="evaluator" if evaluated else "local",
             emulated=why is not None,
             emulated_why=why,
             device=sheet,
@@ -206,7 +216,7 @@ def _results(request: Request, found: Sequence[_Measured], bandwidths: Sequence[
             grid=tuple(asked.point for asked in request.grid),
             bandwidth=best,
             bundles=tuple(_bundle(each, sheet, request) for each in found),
-            missing=tuple(_missing(request, sheet)),
+            missing=tuple(_missing(request, sheet, why)),
         )
     )
 
@@ -272,17 +282,20 @@ def _energy(each: _Measured, request: Request) -> Energy | None:
     return each.extra["energy"].energy if "energy" in each.extra else None
 
 
-def _missing(request: Request, sheet: DeviceSheet) -> list[Reason]:
+def _missing(request: Request, sheet: DeviceSheet, emulated: str | None) -> list[Reason]:
     """What this bench does not say, and why."""
     found = []
 
     def lacks(what: str, why: str) -> None:
         found.append(Reason(what=what, why=why))
 
-    if not request.sustained_s:
-        lacks("sustained run", "not asked for; give --sustained 10m")
-    if request.meter_reason or not request.energy_s:
-        lacks("energy", request.meter_reason or "not asked for")
+    if emulated:
+        lacks("speed of the device", f"the run was emulated ({emulated})")
+    if emulated or not request.sustained_s:
+        lacks("sustained run", "the run was emulated" if emulated else "not asked for; give --sustained 10m")
+    if emulated or request.meter_reason or not request.energy_s:
+        why = "the run was emulated" if emulated else request.meter_reason or "not asked for"
+        lacks("energy", why)
     if not request.bandwidth_s:
         lacks("memory bandwidth", "not asked for")
     if not sheet.temperatures:

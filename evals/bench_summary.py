@@ -127,7 +127,8 @@ def complete(results: BenchResults) -> BenchResults:
         bundle.model_copy(update={"points": tuple(_completed(point, results) for point in bundle.points)})
         for bundle in results.bundles
     ]
-    found = results.model_copy(update={"bundles": tuple(bundles), "ratios": tuple(ratios(bundles))})
+    compared = () if results.emulated else tuple(ratios(bundles))
+    found = results.model_copy(update={"bundles": tuple(bundles), "ratios": compared})
     return found.model_copy(update={"notes": tuple(dict.fromkeys([*results.notes, *notes(found)]))})
 
 

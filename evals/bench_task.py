@@ -28,6 +28,8 @@ class Task(Record):
     image: str | None = None
     question: str = ""
     threads: Annotated[int, Field(ge=1)]
+    providers: tuple[str, ...] = ()
+    max_context: Annotated[int, Field(ge=1)] | None = None
     warmup: Count = 0
     repeats: Annotated[int, Field(ge=1)] = 1
     decode_tokens: Annotated[int, Field(ge=1)] = 16

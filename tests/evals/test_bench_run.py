@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from evals import bench_facts, bench_grid, bench_import, bench_process, bench_results, bench_run
+from evals import bench_facts, bench_grid, bench_import, bench_process, bench_results, bench_run, emulation
 from evals.bench_process import Kept
 from evals.bench_results import BenchResults, Policy
 from evals.bench_task import Outcome, Task
@@ -117,6 +117,30 @@ def test_the_measuring_process_loads_no_torch(tiny_bundle: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_settings_reach_the_session_and_an_emulated_run_claims_no_speed(
+    tiny_bundle: Path, request_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(
+        rounds=1,
+        warmup=0,
+        repeats=1,
+        decode_tokens=1,
+        threads=1,
+        max_context=128,
+        providers=("QNNExecutionProvider",),
+    )
+    monkeypatch.setattr(emulation, "emulated_why", lambda: "qemu-aarch64 runs it")
+    found = bench_run.run(request_of((tiny_bundle,), policy=policy, sustained_s=60.0))
+    (bundle,) = found.bundles
+    assert bundle.max_context == 128 and bundle.state_bytes
+    assert {part.unit for part in bundle.parts} == {"CPUExecutionProvider"}
+    assert "QNNExecutionProvider: not in this build" in str(bundle.parts[0].unit_note)
+    assert found.emulated and found.emulated_why == "qemu-aarch64 runs it"
+    assert bundle.points[0].sustained is None and bundle.points[0].roofline is not None
+    assert bundle.points[0].roofline.share is None
+    assert {reason.what for reason in found.missing} >= {"speed of the device", "sustained run", "energy"}
 
 
 class Counting:
