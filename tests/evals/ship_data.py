@@ -99,7 +99,7 @@ def _bundle(
                 "point": point, "prompt_tokens": 90 + 200 * number, "image_tokens": 64 + 200 * number,
                 "decode_tokens": 4,
                 "runs": [
-                    _run(draw, times * (1 + number) * float(np.exp(draw.normal(0, scatter))), i, repeats, size)
+                    _run(draw, times * (1 + number) * np.exp(draw.normal(0, scatter)), i, repeats, size)
                     for i in range(processes)
                 ],
                 "energy": {"why_not": "this board has no meter"},
@@ -122,7 +122,9 @@ def _run(draw: np.random.Generator, level: float, number: int, repeats: int, siz
             **stages, "ttft_ms": jitter(75, repeats), "decode_ms": [jitter(9, 4) for _ in range(repeats)],
             "end_to_end_ms": jitter(110, repeats),
         },
-        "memory": {"meter": "VmHWM", "base_rss_mib": 60, "load_peak_rss_mib": peak - 20, "peak_rss_mib": peak},
+        "memory": {
+            "meter": "VmHWM", "base_rss_mib": 60, "load_peak_rss_mib": peak - 20, "peak_rss_mib": peak,
+        },
         "disturbance": {"own_share": 0.4, "other_share": 0.02, "steal_share": 0.0},
         "harness_share": 0.004,
     }  # fmt: skip
@@ -184,7 +186,9 @@ def evaluation(
         "questions": [_question(i, per_image) for i in range(n)],
         "subjects": subjects,
         "summaries": [
-            _summary(one["name"], one["answers"], variant["name"], n) for one in subjects for variant in variants
+            _summary(one["name"], one["answers"], variant["name"], n)
+            for one in subjects
+            for variant in variants
         ],
         "examples": [
             {"id": str(i), "why": "flip", "images": [picture(i)]} for i in range(pictures)
@@ -242,7 +246,8 @@ def parity(
             "precision": "fp32", "sha256": sha("student"), "backend": "transformers 5.23.0",
         },
         "asked": {
-            "source": "shapes, test", "data_sha256": sha("shapes"), "cases": 50, "groups": 50, "max_tokens": 8,
+            "source": "shapes, test", "data_sha256": sha("shapes"), "cases": 50, "groups": 50,
+            "max_tokens": 8,
         },
         "candidates": [
             {
@@ -250,7 +255,8 @@ def parity(
                 "backend": "onnxruntime 1.31.1", "sha256": sha(name), "same_source": True,
                 "preprocessing": {
                     "images": 50, "images_compared": 50, "images_equal": 50, "pixel_max_diff": 0.0,
-                    "shapes_equal": 50, "image_tokens_equal": 50, "prompts": 50, "prompts_equal": prompts_equal,
+                    "shapes_equal": 50, "image_tokens_equal": 50, "prompts": 50,
+                    "prompts_equal": prompts_equal,
                 },
                 "numerics": [_numerics(kl * factor[precision(name)])],
                 "greedy": {

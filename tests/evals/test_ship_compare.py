@@ -1,0 +1,283 @@
+"""`report --compare`: planted losses are found, nothing is not; what was measured otherwise is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evals import ship_compare, ship_compare_page, ship_compare_results, ship_load, ship_markdown
+from evals.eval_results import TaskInfo
+from evals.ship_compare_results import Comparison
+from evals.ship_evidence import Answered, BundleFacts, DeviceSeen, Evidence, SubjectSeen, Task
+from evals.ship_gate import CompareRules, Tolerance
+from evals.ship_timing import timing_of
+from runtime.errors import InputError
+from tests.evals import ship_data as data
+
+ROOT = Path(__file__).parents[2]
+
+
+def _evidence(folder: Path, **found: Any) -> Evidence:
+    folder.mkdir(parents=True)
+    return ship_load.load([data.save(folder, **found)])
+
+
+def _findings(found: Comparison, **wanted: str) -> dict[tuple[str, str], str]:
+    """(bundle, label) to finding, of tests with these attributes."""
+    return {
+        (one.bundle, one.label): one.finding
+        for one in found.tests
+        if all(getattr(one, key) == value for key, value in wanted.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    return _evidence(
+        tmp_path_factory.mktemp("old") / "a",
+        bench=data.bench(),
+        shapes=data.evaluation(),
+        parity=data.parity(),
+    )
+
+
+def test_the_published_schema_is_the_code_s() -> None:
+    published = (ROOT / "docs" / "compare.schema.json").read_text()
+    assert published == ship_compare_results.json_schema(), (
+        "run: python -m evals.ship_compare_results > docs/compare.schema.json"
+    )
+
+
+def test_a_report_against_itself_has_no_regression(old: Evidence) -> None:
+    found = ship_compare.compare(old, old)
+    assert not found.regressed and found.headline == "No regression"
+    assert {one.finding for one in found.tests} == {"unchanged", "shown"}
+    assert {one.finding for one in found.facts} == {"unchanged"}
+    assert sum(one.level for one in found.families) == pytest.approx(ship_compare.ALPHA)
+    assert found.not_compared == () and "sessions of their own" in found.caveats[0]
+
+
+def test_each_kind_of_loss_is_found_where_it_is(old: Evidence, tmp_path: Path) -> None:
+    new = _evidence(
+        tmp_path / "new",
+        bench=data.bench(bundles={**data.BUNDLES, "student-int8": 0.7 * 1.12}),
+        shapes=data.evaluation({"student-fp32": (0.0, 0.0), "student-int8": (0.06, 0.0)}),
+        parity=data.parity(kl=0.004, prompts_equal=49),
+    )
+    found = ship_compare.compare(old, new)
+    assert found.regressed and "regressions" in found.headline
+    accuracy = _findings(found, family="accuracy")
+    assert accuracy == {
+        ("student", "accuracy"): "unchanged",
+        ("student-fp32", "accuracy"): "unchanged",
+        ("student-int8", "accuracy"): "worse",
+    }
+    speed = _findings(found, family="speed")
+    assert {name for (name, _), finding in speed.items() if finding == "worse"} == {"student-int8"}
+    assert speed["student-int8", "time to first text"] == "worse"
+    assert speed["student-int8", "peak memory"] == "unchanged"
+    facts = {(one.bundle, one.label): one.finding for one in found.facts}
+    assert facts["student-int8", "mean KL"] == "worse" and facts["student-fp32", "mean KL"] == "tolerated"
+    assert facts["student-int8", "prompts with equal ids"] == "worse"
+    assert facts["student-int8", "download"] == "unchanged"
+    again = ship_compare.compare(new, old)
+    assert not again.regressed and "improvement" in again.headline
+
+
+def test_tolerance_forgives_and_says_so(old: Evidence, tmp_path: Path) -> None:
+    new = _evidence(tmp_path / "new", bench=data.bench(scale=1.1), shapes=data.evaluation())
+    assert ship_compare.compare(old, new).regressed
+    rules = CompareRules(tolerance=Tolerance(slowdown_percent=15))
+    found = ship_compare.compare(old, new, rules)
+    assert not found.regressed and "tolerated" in _findings(found, family="speed").values()
+
+
+def test_a_control_takes_the_machine_s_drift_away(old: Evidence, tmp_path: Path) -> None:
+    slower = {**data.BUNDLES, "student-int4": 0.6 * 1.15}
+    new = _evidence(tmp_path / "new", bench=data.bench(bundles=slower, scale=1.1, scatter=0.02, seed=3))
+    plain = ship_compare.compare(old, new)
+    assert _findings(plain, family="speed")["student-int8", "time to first text"] == "worse"
+    found = ship_compare.compare(old, new, CompareRules(control=("student-fp32",)))
+    speed = _findings(found, family="speed")
+    assert speed["student-int8", "time to first text"] == "unchanged"
+    assert speed["student-int4", "time to first text"] == "worse"
+    assert not any(name == "student-fp32" for name, _ in speed)
+    assert "relative to the control" in found.caveats[0]
+    with pytest.raises(InputError, match="control 'nobody' is not in both"):
+        ship_compare.compare(old, new, CompareRules(control=("nobody",)))
+
+
+# --- who is compared with whom ----------------------------------------
+
+
+def test_a_bundle_that_was_renamed_is_found_or_named(tmp_path: Path) -> None:
+    one = _evidence(tmp_path / "1", bench=data.bench(bundles={"v1-int8": 1.0}))
+    two = _evidence(tmp_path / "2", bench=data.bench(bundles={"v2-int8": 1.3}))
+    found = ship_compare.compare(one, two)
+    assert found.regressed and {(t.old_bundle, t.bundle) for t in found.tests} == {("v1-int8", "v2-int8")}
+    more = _evidence(tmp_path / "3", bench=data.bench(bundles={"v2-int8": 1.3, "v2-int4": 0.8}))
+    with pytest.raises(InputError, match=r"nothing can be compared .*v2-int8: only in new"):
+        ship_compare.compare(one, more)
+    named = ship_compare.compare(one, more, pairs={"v1-int8": "v2-int8"})
+    assert named.regressed and [r.what for r in named.not_compared] == ["v2-int4"]
+    with pytest.raises(InputError, match="v9 is not in old"):
+        ship_compare.compare(one, more, pairs={"v9": "v2-int8"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"device": "Board B"}, "only in new"),
+        (
+            {"source": "evaluator", "emulated": True, "emulated_why": "no phone here"},
+            "emulated: no phone here",
+        ),
+    ],
+)
+def test_another_or_an_emulated_device_is_not_compared(
+    old: Evidence, tmp_path: Path, changed: dict[str, Any], told: str
+) -> None:
+    new = _evidence(tmp_path / "new", bench=data.bench(**changed), shapes=data.evaluation())
+    found = ship_compare.compare(old, new)
+    assert not _findings(found, family="speed") and _findings(found, family="accuracy")
+    assert any(told in one.why for one in found.not_compared)
+
+
+def test_other_conditions_are_not_compared(old: Evidence, tmp_path: Path) -> None:
+    bench = data.bench()
+    saving = bench.device.model_copy(update={"power_mode": "15W"})
+    new = _evidence(
+        tmp_path / "mode", bench=bench.model_copy(update={"device": saving}), shapes=data.evaluation()
+    )
+    assert "power mode differs: MAXN before, 15W now" in ship_compare.compare(old, new).not_compared[0].why
+    policy = bench.policy.model_copy(update={"threads": 4})
+    new = _evidence(
+        tmp_path / "threads", bench=bench.model_copy(update={"policy": policy}), shapes=data.evaluation()
+    )
+    assert {one.why for one in ship_compare.compare(old, new).not_compared} == {
+        "threads differs: 2 before, 4 now"
+    }
+
+
+def test_other_questions_are_not_compared(old: Evidence, tmp_path: Path) -> None:
+    new = _evidence(tmp_path / "new", bench=data.bench(), shapes=data.evaluation(n=500))
+    found = ship_compare.compare(old, new)
+    assert not _findings(found, family="accuracy")
+    assert "data sha256 differs" in found.not_compared[0].why
+
+
+def test_too_few_processes_are_told(old: Evidence, tmp_path: Path) -> None:
+    new = _evidence(tmp_path / "new", bench=data.bench(processes=2), shapes=data.evaluation())
+    found = ship_compare.compare(old, new)
+    assert not _findings(found, family="speed")
+    assert any("2 processes; a test needs 3 a side" in one.why for one in found.not_compared)
+
+
+# --- how often it is right --------------------------------------------
+
+
+def _asked(rights: dict[str, np.ndarray]) -> Evidence:
+    """Evidence of one task, without files, for many trials."""
+    n = len(next(iter(rights.values())))
+    info = data.evaluation(n=2).task.model_dump() | {"questions": n, "available": n, "groups": n}
+    task = Task(
+        info=TaskInfo.model_validate(info),
+        variants=(),
+        units=tuple(map(str, range(n))),
+        groups=tuple(range(n)),
+        subjects=tuple(
+            SubjectSeen(name=name, kind="bundle", format="onnx", precision="int8") for name in rights
+        ),
+        answered=tuple(
+            Answered(subject=name, variant="original", scores=tuple(right.astype(float).tolist()))
+            for name, right in rights.items()
+        ),
+        summaries=(),
+    )
+    return Evidence(tasks=(task,), bundles=_facts(rights))
+
+
+def _facts(names: Iterable[str]) -> tuple[BundleFacts, ...]:
+    return tuple(BundleFacts(name=name, format="onnx", precision="int8") for name in names)
+
+
+def _timed(seed: int, **slower: float) -> Evidence:
+    """Evidence of two bundles' timings, without files: ten processes that scatter by 2 %."""
+    times = {"fp32": 1.0, "int8": 0.7} | {name: 0.7 * factor for name, factor in slower.items()}
+    bench = data.bench(bundles=times, repeats=6, seed=seed)
+    device = DeviceSeen(sheet=bench.device, origin=bench.source, created=bench.created, tool="none")
+    timings = [timing_of(bench, one, one.points[0], one.name) for one in bench.bundles]
+    return Evidence(bundles=_facts(times), devices=(device,), timings=tuple(timings))
+
+
+def _flipped(
+    draw: np.random.Generator, right: np.ndarray, loss: float, discordant: float = 0.05
+) -> np.ndarray:
+    """`discordant` of all questions change sides, `loss` more to wrong than to right."""
+    luck, share = draw.random(len(right)), float(right.mean())
+    down, up = (discordant + loss) / 2 / share, (discordant - loss) / 2 / (1 - share)
+    return np.where(right, luck >= down, luck < up)
+
+
+def test_one_point_in_ten_thousand_questions_is_found_among_twelve_bundles() -> None:
+    draw = np.random.default_rng(11)
+    right = draw.random(10_000) < 0.9
+    names = [f"bundle-{i}" for i in range(12)]
+    old = _asked(dict.fromkeys(names, right))
+    hits, trials = 0, 20
+    for trial in range(trials):
+        hurt = names[trial % 12]
+        after = {name: _flipped(draw, right, 0.01) if name == hurt else right for name in names}
+        found = ship_compare.compare(old, _asked(after))
+        worse = [one.bundle for one in found.tests if one.finding == "worse"]
+        assert set(worse) <= {hurt}
+        hits += bool(worse)
+    assert hits >= 0.9 * trials
+
+
+def test_a_null_change_is_flagged_in_at_most_five_of_a_hundred() -> None:
+    """Two bundles: accuracy with 5 % discordant questions and every timing drawn anew, for both sides."""
+    draw = np.random.default_rng(12)
+    right = draw.random(2_000) < 0.9
+    flagged = 0
+    for trial in range(100):
+        sides = [
+            _timed(1000 + 2 * trial + side).model_copy(
+                update={
+                    "tasks": _asked({x: _flipped(draw, right, 0.0, 0.025) for x in ("fp32", "int8")}).tasks
+                }
+            )
+            for side in range(2)
+        ]
+        found = ship_compare.compare(*sides)
+        assert {one.family for one in found.families} == {"accuracy", "speed"}
+        flagged += found.regressed
+    assert flagged <= 5
+
+
+def test_five_percent_slower_is_found() -> None:
+    """One bundle of two, 5 % slower in everything."""
+    hits, trials = 0, 50
+    for trial in range(trials):
+        found = ship_compare.compare(_timed(5000 + 2 * trial), _timed(5001 + 2 * trial, int8=1.05))
+        hits += any(one.finding == "worse" and one.bundle == "int8" for one in found.tests)
+    assert hits >= 0.9 * trials
+
+
+# --- page and Markdown ------------------------------------------------
+
+
+def test_page_and_markdown_tell_the_same(old: Evidence, tmp_path: Path) -> None:
+    new = _evidence(tmp_path / "new", bench=data.bench(scale=1.2), shapes=data.evaluation())
+    found = ship_compare.compare(old, new, version="1.2.3")
+    text = ship_markdown.comparison(found)
+    assert text.startswith("## ❌ ") and "time to first text" in text
+    pytest.importorskip("jinja2")
+    page, markdown = ship_compare_page.write(found, tmp_path / "out", markdown=True)
+    assert markdown.read_text() == text and found.headline in page.read_text()
+    assert Comparison.model_validate_json((tmp_path / "out" / "compare.json").read_text()) == found
+    assert "<script" not in page.read_text() and "http" not in page.read_text()
