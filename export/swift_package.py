@@ -51,15 +51,18 @@ def sources() -> tuple[Path, ...]:
 def write(bundle: Path, manifest: Manifest) -> Path:
     """Copy the package to `bundle/swift`, over an earlier copy; returns its directory.
 
-    Raises BundleError when the manifest needs an operation that the Swift reader lacks: it would refuse the
-    bundle on the device.
+    Raises BundleError when the manifest needs an operation that the Swift reader lacks (it would refuse the
+    bundle on the device), or the package's files were not installed.
     """
     if unknown := sorted(set(manifest.requires) - KNOWN):
         raise BundleError(
             f"{bundle.name}: needs {', '.join(unknown)}, which the Swift reader cannot do; "
             "add it to export/swift or export for another target"
         )
+    found = sources()
+    if Path("Package.swift") not in found:
+        raise BundleError("export/swift: this installation lacks the Swift package; install pocketvlm again")
     out = bundle / DIRECTORY
-    for path in sources():
+    for path in found:
         files.write_bytes(out / path, (SOURCE / path).read_bytes())
     return out

@@ -37,6 +37,14 @@ def test_an_operation_that_the_reader_lacks_is_refused(tiny_bundle: Path, tmp_pa
     assert not (tmp_path / "swift").exists()
 
 
+def test_an_installation_without_the_package_says_so(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swift_package, "SOURCE", tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="lacks the Swift package"):
+        swift_package.write(tmp_path, bundle.read(tiny_bundle))
+
+
 def test_the_known_operations_are_those_of_the_source() -> None:
     found = set()
     for path in swift_package.SOURCE.rglob("*.swift"):

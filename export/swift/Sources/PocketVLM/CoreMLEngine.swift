@@ -69,7 +69,8 @@
             }
             var out: [String: Tensor] = [:]
             for name in made.featureNames {
-                if let array = made.featureValue(for: name)?.multiArrayValue { out[name] = try Self.tensor(array, name) }
+                guard let array = made.featureValue(for: name)?.multiArrayValue else { continue }
+                out[name] = try Self.tensor(array, name)
             }
             return out
         }

@@ -80,7 +80,8 @@ final class RunningSequence {
             copy(features.tokens, feature * hidden, hidden, &values, slot * hidden)
             guard let found = features.deepstack, stack != nil else { continue }
             for layer in 0..<found.shape[0] {
-                copy(found, (layer * found.shape[1] + feature) * hidden, hidden, &stack!, (layer * size + slot) * hidden)
+                let start = (layer * found.shape[1] + feature) * hidden
+                copy(found, start, hidden, &stack!, (layer * size + slot) * hidden)
             }
         }
         let padded = positions.flatMap { $0 + padding }

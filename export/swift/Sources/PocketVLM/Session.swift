@@ -46,7 +46,8 @@ public final class Session {
     public func prepare(_ picture: Picture) throws -> PreparedImage {
         if picture.width * picture.height > manifest.sourcePixels {
             throw PocketError(
-                "image: \(picture.width) x \(picture.height) pixels, the limit is \(manifest.sourcePixels); make it smaller")
+                "image: \(picture.width) x \(picture.height) pixels, the limit is \(manifest.sourcePixels); "
+                    + "make it smaller")
         }
         return try PreparedImage(picture, manifest.image)
     }
@@ -163,6 +164,7 @@ public final class Session {
         let features = try images.map(encode)
         times.encodeMs = features.isEmpty ? 0 : clock.ms
         clock = Clock()
+        last = []  // a step that fails leaves a sequence that nothing can go on from
         if after == nil { try sequence.begin() }
         var logits = try sequence.extend(ids, features)
         times.prefillMs = clock.ms

@@ -168,6 +168,7 @@ public final class MLModel {
         var given: [String: MLMultiArray] = [:]
         for name in input.featureNames { given[name] = input.featureValue(for: name)?.multiArrayValue }
         let (found, _) = try Pipes.ask("predict", path, function, state, given)
-        return try MLDictionaryFeatureProvider(dictionary: found.mapValues { MLFeatureValue(multiArray: try $0.array()) })
+        let values = try found.mapValues { MLFeatureValue(multiArray: try $0.array()) }
+        return try MLDictionaryFeatureProvider(dictionary: values)
     }
 }

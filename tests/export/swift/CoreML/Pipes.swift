@@ -20,7 +20,8 @@ struct Sent {
         out.withUnsafeMutableBytes { bytes, _ in
             for index in 0..<(row > 0 ? data.count / row : 0) {
                 let from = data.subdata(in: index * row..<(index + 1) * row)
-                from.withUnsafeBytes { bytes.baseAddress!.advanced(by: index * step).copyMemory(from: $0.baseAddress!, byteCount: row) }
+                let place = bytes.baseAddress!.advanced(by: index * step)
+                from.withUnsafeBytes { place.copyMemory(from: $0.baseAddress!, byteCount: row) }
             }
         }
         return out
@@ -41,7 +42,9 @@ enum Pipes {
         }
     }
 
-    private static let names: [MLMultiArrayDataType: String] = [.float32: "float32", .float16: "float16", .int32: "int32"]
+    private static let names: [MLMultiArrayDataType: String] = [
+        .float32: "float32", .float16: "float16", .int32: "int32",
+    ]
 
     /// One question and its answer: values by name, and the number of a state that was made.
     static func ask(

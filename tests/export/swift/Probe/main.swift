@@ -26,10 +26,13 @@ func answer(_ request: [String: Any]) async throws -> [String: Any] {
         let ids = try session.promptIDs(request["question"] as! String, [prepared])
         var pixels = Data()
         for view in prepared.views {
-            for value in view.pixels.floats { withUnsafeBytes(of: value.bitPattern.littleEndian) { pixels.append(contentsOf: $0) } }
+            for value in view.pixels.floats {
+                withUnsafeBytes(of: value.bitPattern.littleEndian) { pixels.append(contentsOf: $0) }
+            }
         }
         try pixels.write(to: URL(fileURLWithPath: request["out"] as! String))
-        return ["shapes": prepared.views.map(\.pixels.shape), "ids": ids, "positions": try session.positions(ids, [prepared])]
+        let positions = try session.positions(ids, [prepared])
+        return ["shapes": prepared.views.map(\.pixels.shape), "ids": ids, "positions": positions]
     case "open":
         let files = try BundleFiles(URL(fileURLWithPath: request["bundle"] as! String), verify: true)
         return ["name": files.manifest.name]
