@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from evals import parity_figures, parity_results
+from evals import emulation, parity_figures, parity_results
 from evals.parity_results import Asked, Candidate, Forced, Numerics, ParityResults, Reference
 from evals.parity_side import Kept, Row, Seen, hold, keep
 from evals.results import Missing
@@ -29,6 +29,7 @@ from evals.subjects import Model
 from evals.tasks.question import Task
 from runtime import files
 from runtime.errors import InputError, PocketError
+from runtime.providers import EVALUATOR
 
 ROWS_VERSION = 1
 """Raise it with any change of what a row or a kept file holds."""
@@ -173,8 +174,8 @@ class _Work:
     def _hold(self, model: Model, lacking: Sequence[int], told: Path) -> None:
         with model.open(threads=self.options.threads) as session:
             seen = Seen(session)
-            reason = str(getattr(session, "emulated", "") or "")
-            files.write_json(told, {"backend": backend_of(session, model), "emulated": reason})
+            facts = {"backend": backend_of(session, model), "emulated": emulated_why(session)}
+            files.write_json(told, facts)
             for done, number in enumerate(lacking, 1):
                 question = self.task.questions[number]
                 try:
@@ -225,9 +226,17 @@ def backend_of(session: Any, model: Model) -> str:
     """Library, version and execution providers that run a session, as one text."""
     if not model.is_bundle:
         return f"transformers {_version('transformers')}, torch {_version('torch')}, CPU float32"
-    library = {"onnx": "onnxruntime", "gguf": "llama-cpp-python", "coreml": "coremltools"}[model.format]
     used = [report.name for report in session.providers if report.used]
+    if EVALUATOR in used:
+        return f"pocketvlm's evaluator, numpy {_version('numpy')}"
+    library = {"onnx": "onnxruntime", "gguf": "llama-cpp-python", "coreml": "coremltools"}[model.format]
     return ", ".join([f"{library} {_version(library)}", *used])
+
+
+def emulated_why(session: Any) -> str:
+    """Why the numbers are not those of the device that the format is for; empty when they are."""
+    reports = (one for one in getattr(session, "providers", ()) if one.used and one.name == EVALUATOR)
+    return next((one.reason for one in reports), "") or emulation.emulated_why() or ""
 
 
 def _reference(model: Model, backend: str) -> Reference:
