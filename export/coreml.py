@@ -23,6 +23,7 @@ from export import (
     coreml_policy,
     onnx,
     space,
+    swift_package,
     target,
 )
 from export.checkpoint import load, read_config
@@ -101,6 +102,7 @@ class Work:
         draft = self._draft(staged, name, policy, written)
         for note in draft.notes[len(facts.notes) :]:
             facts.say(f"note: {note}")
+        swift_package.write(staged, draft)
         facts.say(f"{policy.name}: parity gate")
         parity = coreml_gate.check(facts, staged, draft, policy, plain)
         facts.say(f"{policy.name}: conformance vectors")
