@@ -1,6 +1,7 @@
 """The Swift package compiled and run on Linux: equal to the Python reader, Core ML replaced by the evaluator.
 
 Slow, and only where there is a Swift toolchain (`swift` on the path, or its path in POCKETVLM_SWIFT).
+Debian 13 has one in its package swiftlang.
 """
 
 from __future__ import annotations
