@@ -104,9 +104,11 @@ def convert(function: Function, where: str, precision: Precision = "float16") ->
         raise ValueError(f"{where}: one tensor stands for two inputs; the trace would join them")
     floats = np.dtype(precision).type
     half = precision == "float16"
+    before = {name: buffer._version for name, buffer in function.module.named_buffers()}
     with quiet(), unguarded(), torch.no_grad(), function.scope():
         try:
             traced = torch.jit.trace(function.module, tuple(function.example.values()), check_trace=False)
+            _check_written(function, before, where)
             model = ct.convert(
                 traced,
                 convert_to="mlprogram",
@@ -129,8 +131,16 @@ def convert(function: Function, where: str, precision: Precision = "float16") ->
     return model
 
 
+def _check_written(function: Function, before: Mapping[str, int], where: str) -> None:
+    """A buffer that the module writes to and nobody called a state would become a constant without a word."""
+    now = {name: buffer._version for name, buffer in function.module.named_buffers()}
+    written = {name for name, version in before.items() if now.get(name) != version}
+    if odd := written ^ set(function.states):
+        raise CheckpointError(f"{where}: states and what is written differ in {', '.join(sorted(odd))}")
+
+
 def _check(model: Any, function: Function, where: str) -> None:
-    """A trace without its states, or with an input that nothing reads, converts without a word."""
+    """An input that nothing reads goes without a word."""
     described = model.get_spec().description
     found = described.functions[0] if described.functions else described
     got = {kind: {each.name for each in getattr(found, kind)} for kind in ("input", "output", "state")}
