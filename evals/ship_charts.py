@@ -54,19 +54,23 @@ class Run:
 
 
 def front(candidates: Sequence[Candidate]) -> set[int]:
-    """Numbers of those that no other beats or equals in everything known of both, and beats in something.
+    """Numbers of those that no other beats: as good in size, time to first text and accuracy, better in one.
 
-    Size, time to first text and accuracy count; one that is not measured on either side does not.
+    Whatever is not measured of a candidate is not counted against others, and never beats anything.
     """
 
     def beats(a: Candidate, b: Candidate) -> bool:
-        pairs = [(a.size_mb, b.size_mb), (a.ttft_ms, b.ttft_ms)]
-        if a.accuracy is not None and b.accuracy is not None:
-            pairs.append((-a.accuracy, -b.accuracy))
-        known = [(x, y) for x, y in pairs if x is not None and y is not None]
-        return bool(known) and all(x <= y for x, y in known) and any(x < y for x, y in known)
+        pairs = [(x, y) for x, y in zip(_costs(a), _costs(b), strict=True) if y is not None]
+        known = [(x, y) for x, y in pairs if x is not None]
+        if not known or len(known) < len(pairs):
+            return False
+        return all(x <= y for x, y in known) and any(x < y for x, y in known)
 
     return {b.number for b in candidates if not any(beats(a, b) for a in candidates)}
+
+
+def _costs(c: Candidate) -> tuple[float | None, ...]:
+    return c.size_mb, c.ttft_ms, None if c.accuracy is None else -c.accuracy
 
 
 def tradeoff(candidates: Sequence[Candidate], device: str, *, sizes: bool = True) -> Chart | None:

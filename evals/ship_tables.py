@@ -255,7 +255,7 @@ def parity_row(one: ParitySeen) -> dict[str, Any]:
         "ids": ids,
         "kl": fmt.DASH if main is None else words.estimate(main.kl_mean),
         "top1": fmt.DASH if main is None else fmt.percent(main.top1_agreement.value, 2),
-        "perplexity": fmt.DASH if main is None else words.estimate(main.perplexity_ratio),
+        "perplexity": fmt.DASH if main is None else words.estimate(main.perplexity_ratio, 4),
         "prefix": fmt.DASH if one.greedy is None else fmt.percent(one.greedy.prefix_share.value),
         "notes": notes,
         **figures,
