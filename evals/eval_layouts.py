@@ -7,7 +7,8 @@ In: `EvalResults` and its task. Out: files beside eval.json. Not here: the contr
                                            openpyxl is installed (VLMEvalKit's default)
     lmms-eval/SUBJECT/DATE_samples_TASK.jsonl    doc_id, target, filtered_resps, doc_hash, input and the score
 
-Only answers to the questions as the task has them are written; variants are eval.json's.
+Only answers to the questions as the task has them are written; variants are eval.json's. A second run of a
+task replaces its files.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def write(results: EvalResults, task: Task, out: Path) -> list[Path]:
         found.append(_write_tsv(rows, out / "vlmevalkit" / name / f"{stem}.tsv"))
         found += _write_xlsx(rows, out / "vlmevalkit" / name / f"{stem}.xlsx")
         path = out / "lmms-eval" / name / f"{stamp}_samples_{_safe(task.name)}.jsonl"
+        for older in path.parent.glob(f"*_samples_{_safe(task.name)}.jsonl"):
+            older.unlink()
         lines = [json.dumps(row, ensure_ascii=False) for row in _lmms_rows(subject, task)]
         files.write_text(path, "".join(f"{line}\n" for line in lines))
         found.append(path)

@@ -39,13 +39,11 @@ def changes(results: EvalResults) -> Table | None:
     compared = [one for one in results.changes if one.variant == one.reference_variant == ORIGINAL]
     if not compared:
         return None
-    table = Table(title="changes, in points")
-    for name in ("reference", "candidate", "difference", "95 %", "lost", "won", "McNemar", "same text"):
-        left = name in ("reference", "candidate")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    table = Table(title=f"against {compared[0].reference}, in points")
+    for name in ("model", "change", "95 %", "lost", "won", "McNemar", "same text"):
+        table.add_column(name, justify="left" if name == "model" else "right", overflow="fold")
     for one in compared:
         table.add_row(
-            one.reference,
             one.candidate,
             fmt.points(one.difference),
             f"{fmt.points(one.low)} {fmt.DASH} {fmt.points(one.high)}",
