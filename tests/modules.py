@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("runtime", "evals", "export", "distill")
 HEAD = """# Modules
 
-Written by `python -m tests.modules > docs/modules.md` from the first line of each module's docstring. Imports point
+Written by `python -m tests.modules > docs/modules.md` from the first line of every docstring. Imports point
 down only; a test holds it:
 
 ```
