@@ -1,34 +1,27 @@
 """One bundle at one grid point of a bench.json, as the verdict and the page take it.
 
-In: `BenchResults` and one of its points. Out: `Timing`: percentiles of all repeats and of every process.
-Not here: joining files (`evals/ship_load.py`).
+In: `BenchResults` and one of its points. Out: `Timing`: percentiles of all repeats and of every process, always
+from the raw times, whatever the file's writer summed up. Not here: joining files (`evals/ship_load.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
-from evals import stats
-from evals.bench_results import BenchResults, BundleResult, PointResult, Run, Spread
+from evals import bench_summary, stats
+from evals.bench_results import BenchResults, BundleResult, PointResult, Run
 from evals.ship_evidence import Measure, Metric, Timing
 
-STAGES: tuple[Metric, ...] = (
-    "preprocess_ms", "encode_ms", "prefill_ms", "ttft_ms", "decode_ms", "end_to_end_ms",
-)  # fmt: skip
-LOADS: tuple[Metric, ...] = ("load_cold_ms", "load_warm_ms")
-MEMORY: tuple[Metric, ...] = ("peak_rss_mib", "load_peak_rss_mib")
-ENOUGH = {"p90": 10, "p99": 100}
-"""Values below which bench.json tells no such percentile."""
+MEMORY = ("peak_rss_mib", "load_peak_rss_mib")
 
 
 def timing_of(found: BenchResults, result: BundleResult, point: PointResult, bundle: str) -> Timing:
     """`bundle`: the name that joins it with other files."""
     grid = next(one for one in found.grid if one.id == point.point)
     size = f", {grid.width} x {grid.height}" if grid.width and grid.height else ""
-    measures = [_measure(name, point) for name in (*LOADS, *STAGES, *MEMORY)]
-    summary = point.summary
-    decode = next((one for one in measures if one and one.metric == "decode_ms"), None)
-    prefill = next((one for one in measures if one and one.metric == "prefill_ms"), None)
+    measures = [_measure(name, point) for name in get_args(Metric)]
+    summary = bench_summary.summary(point)
     caches = {run.load.page_cache for run in point.runs}
     return Timing(
         device=found.device.name,
@@ -43,9 +36,9 @@ def timing_of(found: BenchResults, result: BundleResult, point: PointResult, bun
         image_tokens=point.image_tokens,
         decode_tokens=point.decode_tokens,
         measures=tuple(one for one in measures if one is not None),
-        prefill_tok_s=_rate(point.prompt_tokens, prefill),
-        decode_tok_s=_rate(1, decode),
-        decode_by_position=summary.decode_by_position if summary else (),
+        prefill_tok_s=summary.prefill_tok_s,
+        decode_tok_s=summary.decode_tok_s,
+        decode_by_position=summary.decode_by_position,
         units={part.role: part.unit for part in result.parts if part.unit},
         base_rss_mib=_largest([run.memory.base_rss_mib for run in point.runs if run.memory]),
         mapped_mib=_largest([run.memory.mapped_mib for run in point.runs if run.memory]),
@@ -59,47 +52,21 @@ def timing_of(found: BenchResults, result: BundleResult, point: PointResult, bun
 
 def _measure(name: Metric, point: PointResult) -> Measure | None:
     """None where no process has a value."""
-    processes = [values for run in point.runs if (values := _values(name, run))]
-    if not processes:
+    processes = _memory(name, point.runs) if name in MEMORY else bench_summary.rounds_of(point.runs, name)
+    spread = bench_summary.spread(processes)
+    if spread is None:
         return None
-    told = getattr(point.summary, name, None) if point.summary else None
     return Measure(
         metric=name,
-        spread=told if isinstance(told, Spread) else _spread([v for one in processes for v in one]),
+        spread=spread,
         process_p50=tuple(stats.percentile(one, 50) for one in processes),
         process_p90=tuple(stats.percentile(one, 90) for one in processes),
     )
 
 
-def _values(name: Metric, run: Run) -> list[float]:
-    """What one process says about a metric; a decoded token is a value of its own."""
-    if name == "load_cold_ms":
-        return [] if run.load.cold_ms is None else [run.load.cold_ms]
-    if name == "load_warm_ms":
-        return list(run.load.warm_ms)
-    if name in MEMORY:
-        value = getattr(run.memory, name) if run.memory else None
-        return [] if value is None else [value]
-    if name == "decode_ms":
-        return [value for repeat in run.times.decode_ms for value in repeat]
-    return list(getattr(run.times, name))
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    tails = {f"p{q}": stats.percentile(values, q) for q in (90, 99) if len(values) >= ENOUGH[f"p{q}"]}
-    return Spread(
-        n=len(values),
-        p50=stats.percentile(values, 50),
-        mean=sum(values) / len(values),
-        least=min(values),
-        most=max(values),
-        **tails,
-    )
-
-
-def _rate(tokens: int, measure: Measure | None) -> float | None:
-    """Tokens a second at the median time."""
-    return 1000 * tokens / measure.spread.p50 if measure and measure.spread.p50 > 0 else None
+def _memory(name: Metric, runs: Sequence[Run]) -> list[list[float]]:
+    found = [getattr(run.memory, name) for run in runs if run.memory]
+    return [[value] for value in found if value is not None]
 
 
 def _others(run: Run) -> float | None:
