@@ -11,6 +11,7 @@ the end are of one pass, and nothing is summed from parts.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import time
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from runtime.answer import GenerationStats
     from runtime.session import Session
 
+PR_SET_PDEATHSIG = 1
 CLOCK_READINGS = 12
 """Readings of the clock per answer, beside two for each decoded token."""
 
@@ -196,6 +198,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m evals.bench_child TASK.json OUTCOME.json", file=sys.stderr)
         return 2
     given, wanted = map(Path, arguments)
+    _end_with_parent()
     try:
         outcome = run(_read(given))
     except (PocketError, OSError) as error:
@@ -203,6 +206,17 @@ def main(arguments: list[str]) -> int:
         return 2
     files.write_text(wanted, outcome.model_dump_json() + "\n")
     return 0
+
+
+def _end_with_parent() -> None:
+    """On Linux: be killed with the bench, so that nothing runs beside the next one (prctl(2))."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+    import signal
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _read(path: Path) -> Task:

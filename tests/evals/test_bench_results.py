@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from evals import bench_results
+from evals import bench_import, bench_results
 from evals.bench_results import BenchResults
 from runtime.errors import InputError
 
@@ -70,6 +70,15 @@ def test_the_smallest_file_of_another_language_is_read_and_written_back(tmp_path
     again = bench_results.write(found, tmp_path / "out.json")
     assert json.loads(again.read_text())["schema"] == "pocketvlm.bench@1"
     assert bench_results.read(again) == found
+
+
+def test_the_example_of_the_docs_is_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "bench.md").read_text()
+    (tmp_path / "bench.json").write_text(text.split("```json\n")[1].split("```")[0])
+    found = bench_import.read(tmp_path / "bench.json")
+    (point,) = found.bundles[0].points
+    assert point.summary is not None and point.summary.ttft_ms is not None
+    assert point.summary.ttft_ms.p50 == 31.2 and point.summary.decode_by_position[1].p50_ms == 7.95
 
 
 @pytest.mark.parametrize(

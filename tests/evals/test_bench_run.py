@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,39 @@ def test_a_killed_or_endless_process_is_told(tiny_bundle: Path) -> None:
     task = Task(kind="latency", bundle=str(tiny_bundle), threads=1)
     with pytest.raises(PocketError, match="took more than 0 s"):
         bench_process.run(task, longest_s=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_killed_bench_takes_its_process_with_it(tiny_bundle: Path) -> None:
+    image, question = bench_grid.subject(tiny_bundle, None, None)
+    task = Task(
+        kind="sustained", bundle=str(tiny_bundle), image=str(image), question=question, threads=1, seconds=300
+    )
+    code = (
+        "import subprocess; from evals import bench_process; from evals.bench_task import Task; "
+        "start = subprocess.Popen.__init__\n"
+        "def told(self, *a, **k):\n    start(self, *a, **k); print(self.pid, flush=True)\n"
+        "subprocess.Popen.__init__ = told\n"
+        f"bench_process.run(Task.model_validate_json({task.model_dump_json()!r}))"
+    )
+    bench = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert bench.stdout is not None
+    child = Path(f"/proc/{int(bench.stdout.readline())}")
+    while not _answers(child):
+        time.sleep(0.05)
+    bench.kill()
+    bench.wait()
+    for _ in range(200):
+        if not child.exists() or (child / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+            return
+        time.sleep(0.05)
+    pytest.fail("the measuring process goes on")
+
+
+def _answers(process: Path) -> bool:
+    """Whether it has come as far as opening a bundle: onnxruntime is loaded."""
+    return "onnxruntime" in (process / "maps").read_text()
 
 
 def test_what_is_no_task_is_told_by_the_process(tmp_path: Path) -> None:
