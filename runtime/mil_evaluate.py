@@ -75,11 +75,18 @@ class Stored:
         given: dict[str, Any] = {name: self._constant(value) for name, value in operation.attributes.items()}
         for parameter, (argument, *_) in operation.inputs.items():
             given[parameter] = (
-                self.packed(argument.name) if isinstance(argument, Ref) else self._constant(argument)
+                self._inner(argument.name) if isinstance(argument, Ref) else self._constant(argument)
             )
         found = mil_ops.CONSTEXPRS[operation.type](**given)
         each = found[place] if isinstance(found, tuple) else found
         return each.astype(np.dtype("uint8" if dtype == "uint1" else dtype), copy=False)
+
+    def _inner(self, name: str) -> Array | str:
+        """What feeds another constexpr alone is not kept."""
+        operation, place = self._made[name]
+        if operation.type == "const":
+            return self.packed(name)
+        return self._expand(operation, place, operation.outputs[place][1].dtype)
 
     def _constant(self, value: Constant) -> Array | str:
         return self._weights.read(value) if isinstance(value, Blob) else value
