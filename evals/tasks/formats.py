@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -198,9 +199,16 @@ def _document(store: Store, folder: Path, number: int, kind: str, prompt: str, c
         images=pictures,
         references=tuple(_references(record, choices, kind)),
         options=tuple(choices),
-        category=next((str(record[key]) for key in _CATEGORIES if record.get(key)), ""),
+        category=_category(record, index, kind),
         row={key: value for key, value in record.items() if isinstance(value, (str, int, float, list))},
     )
+
+
+def _category(record: Mapping[str, Any], index: str, kind: str) -> str:
+    """What the document says, or for MMMU what its id does: `validation_Art_Theory_3`."""
+    said = next((str(record[key]) for key in _CATEGORIES if record.get(key)), "")
+    subject = re.fullmatch(r"[^_]+_(.+)_\d+", index) if kind == "mmmu" else None
+    return said or (subject[1] if subject else "")
 
 
 def options(record: Mapping[str, Any]) -> list[str]:

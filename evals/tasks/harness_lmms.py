@@ -131,9 +131,7 @@ def blink(response: str, answer: str, letters: str) -> tuple[str, bool]:
     own = re.escape(letters)
     first = text.split("\n", 1)[0].strip()
     alone = re.match(rf"^\(?([{own}])\)?[\.\s:,)]*$", first, re.IGNORECASE) if len(first) <= 4 else None
-    said = re.findall(
-        rf"answers?(?:\s+is)?\s*[:\-]?\s*\(?([{own}])\)?(?![A-Za-z])", text, re.IGNORECASE
-    )
+    said = re.findall(rf"answers?(?:\s+is)?\s*[:\-]?\s*\(?([{own}])\)?(?![A-Za-z])", text, re.IGNORECASE)
     bracketed = re.findall(rf"\(([{own}])\)", text)
     leading = re.match(rf"[\(\s]*([{own}])", text, re.IGNORECASE)
     read = alone[1] if alone else (said or bracketed or [leading[1] if leading else ""])[-1]

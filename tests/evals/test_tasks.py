@@ -185,7 +185,7 @@ def test_documents_have_several_pictures_and_may_be_parquet(tmp_path: Path) -> N
     path = tmp_path / "mmmu_val.parquet"
     datasets.Dataset.from_list([record]).to_parquet(str(path))
     found = only(path)
-    assert found.id == "validation_Art_1"
+    assert (found.id, found.category) == ("validation_Art_1", "Art")
     assert [given(one) for one in found.images] == [png(1), png(2)]
 
 
