@@ -57,6 +57,7 @@ class Options:
     providers: tuple[str, ...] = ()
     max_context: int | None = None
     drop_cache: bool = False
+    rest_s: float = 0.0
     sustained: str | None = None
     energy_s: float = 20.0
     bandwidth_s: float = 2.0
@@ -83,6 +84,7 @@ def measure(options: Options, out: Path | None, progress: Callable[[str], None])
         threads=options.threads or default_threads(),
         providers=options.providers,
         max_context=options.max_context,
+        rest_s=options.rest_s,
     )
     with _work(out) as work:
         image, question = bench_grid.subject(options.bundles[0], options.image, options.question)
@@ -108,9 +110,21 @@ def _work(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="pocketvlm-bench-") as directory:
             yield Path(directory)
         return
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a directory; give the name of a file")
     work = out.with_name(f"{out.name}.work")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written there ({error.strerror})") from error
     with files.lock(work) if files.fcntl else contextlib.nullcontext():
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if any((work / "runs").glob("*.jsonl")):
+                raise
+            shutil.rmtree(work)  # nothing to go on from
+            raise
     shutil.rmtree(work)
 
 
@@ -203,7 +217,7 @@ def lines(results: BenchResults) -> list[str]:
     found = [
         f"{where}; {policy.rounds} processes of {policy.warmup} + {policy.repeats} answers of "
         f"{policy.decode_tokens} tokens; {results.source}",
-        f"{results.grid[0].image}: {results.grid[0].question.strip()!r}",
+        f"{results.grid[0].image or 'no picture'}: {results.grid[0].question.strip()!r}",
     ]
     for bundle in results.bundles:
         for point in bundle.points:

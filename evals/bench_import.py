@@ -38,6 +38,8 @@ def read(path: Path, bundles: Sequence[Path] = ()) -> BenchResults:
         each.model_copy(update={"reference": renamed[each.reference], "candidate": renamed[each.candidate]})
         for each in found.ratios
     ]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: two results are called alike once joined ({', '.join(names)})")
     return bench_summary.complete(
         found.model_copy(update={"bundles": tuple(joined), "ratios": tuple(ratios)})
     )

@@ -282,6 +282,7 @@ class Policy(Record):
         default=None, description="tokens of state that were asked for; null: the session's default"
     )
     interleaved: bool = True
+    rest_s: Amount = Field(default=0.0, description="waited before each process, to cool down")
 
 
 class BenchRatio(Record):
@@ -347,8 +348,11 @@ class BenchResults(Record):
 
 
 def write(results: BenchResults, path: Path) -> Path:
-    """Write bench.json whole or not at all."""
-    files.write_text(path, dumps(results) + "\n")
+    """Write bench.json whole or not at all. Raises InputError when it cannot be written there."""
+    try:
+        files.write_text(path, dumps(results) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     return path
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,7 @@ class _Runner:
         key = hashlib.sha256(f"{stable} {number} {Path(name).resolve()}".encode()).hexdigest()
         if (known := self.kept.get(key)) is not None:
             return known
+        time.sleep(self.request.policy.rest_s)
         if self.request.drop_cache and task.kind == "latency":
             drop_page_cache(Path(name))
         outcome = bench_process.run(task)

@@ -115,6 +115,11 @@ def test_bad_input_of_bench_is_one_line(tiny_bundle: Path, tmp_path: Path) -> No
     too_long = refusal("bench", tiny_bundle, *SHORT[:6], "--tokens", "100000", *SHORT[8:])
     assert "needs 100066 tokens" in too_long
     call("bench", tiny_bundle, "--repeats", "0", code=2)
+    assert "is a directory" in refusal("bench", tiny_bundle, "--out", tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot be written there" in refusal("bench", tiny_bundle, "--out", tmp_path / "file" / "b.json")
+    refusal("bench", tiny_bundle, "--image", "pyproject.toml", *SHORT, "--out", tmp_path / "b.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 @pytest.mark.parametrize("given", ["0x5", "224x", "axb", "99999", "-1"])
