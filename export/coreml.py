@@ -10,6 +10,7 @@ merged: `prefill` and `decode` of one package share their weights.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,12 +132,18 @@ class Work:
             source = self._converted(role, name, policy)
             found = coreml_compress.choose(source, role, policy)
             if any(choice.scheme != "keep" for choice in found):
-                out = self.scratch / "compressed" / f"{role}-{name}.mlpackage"
-                source = coreml_compress.compress(source, found, out)
+                source = self._compressed(source, found)
             choices += found
             sources[name] = source
         path = coreml_convert.merge(sources, staged / "coreml" / f"{role}.mlpackage")
         return Written(_part(staged, role, path, choices), tuple(choices))
+
+    def _compressed(self, source: Path, choices: list[Choice]) -> Path:
+        """The function with its weights as chosen; policies that choose alike share it."""
+        chosen = repr([(choice.weight.name, choice.scheme) for choice in choices])
+        key = hashlib.sha256(f"{source} {chosen}".encode()).hexdigest()[:16]
+        out = self.scratch / "compressed" / f"{source.stem}-{key}.mlpackage"
+        return out if out.exists() else coreml_compress.compress(source, choices, out)
 
     def _converted(self, role: str, name: str, policy: Policy) -> Path:
         """The function on disk before any compression."""
@@ -168,7 +175,9 @@ class Work:
             stateful=(kept, states(next(iter(found.values())))),
         )
         schemes = {
-            (each.part.role, choice.weight.label): choice.asked for each in written for choice in each.choices
+            (str(each.part.role), choice.weight.label): choice.asked
+            for each in written
+            for choice in each.choices
         }
         tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         notes = (*facts.notes, *coreml_policy.hazards(schemes))

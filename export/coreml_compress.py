@@ -82,14 +82,14 @@ def compress(package: Path, choices: list[Choice], out: Path) -> Path:
         ):
             if configs:
                 model = step(model, optimize.OptimizationConfig(op_name_configs=configs))
-    coreml_convert.save(model, out)
-    _check(out, wanted, choices)
-    return out
+    unchecked = coreml_convert.save(model, out.with_name(f"unchecked-{out.name}"))
+    _check(unchecked, wanted, choices)
+    return unchecked.rename(out)
 
 
 def _linear(ct: Any, scheme: Scheme) -> Any:
     found = sized(scheme)
-    more = {"dtype": "int8", "granularity": "per_channel"}
+    more: dict[str, Any] = {"dtype": "int8", "granularity": "per_channel"}
     if found is not None:
         more = {"dtype": "int4", "granularity": "per_block", "block_size": found.size}
     config = ct.optimize.coreml.OpLinearQuantizerConfig

@@ -127,11 +127,11 @@ class FromInputs(TorchFunctionMode):
             self._mark(found)
             return found
         state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     def _mark(self, found: Any) -> None:
         for leaf in tree_leaves(found):

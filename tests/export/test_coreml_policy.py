@@ -47,9 +47,7 @@ def test_default_precisions_have_no_known_hazard() -> None:
         (("vision_encoder", "linear:module_fc"), "int4-block32", "below 8 bits"),
     ],
 )
-def test_hazards_are_named(
-    weight: tuple[str, str], scheme: coreml_policy.Scheme, word: str
-) -> None:
+def test_hazards_are_named(weight: tuple[str, str], scheme: coreml_policy.Scheme, word: str) -> None:
     (found,) = hazards({weight: scheme})
     assert word in found
 
