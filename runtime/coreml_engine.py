@@ -161,7 +161,10 @@ class Device:
 
     def run(self, role: str, function: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         state = self._state if role == "decoder" else None
-        found = self._models[role, function].predict(dict(inputs), state)
+        try:
+            found = self._models[role, function].predict(dict(inputs), state)
+        except Exception as error:  # as above
+            raise BundleError(f"{role}: Core ML cannot run {function}: {error}") from error
         return {name: np.asarray(value) for name, value in found.items()}
 
     def clear(self) -> None:

@@ -26,6 +26,7 @@ from tests.runtime.coreml_bundle import CHUNK, CONTEXT, HIDDEN
 
 Array = NDArray[Any]
 VOCABULARY = 310
+COREML_LACKS = coreml_engine.unavailable()
 IMAGE = 3  # the id of image tokens in the tiny checkpoint
 
 
@@ -44,8 +45,8 @@ def stack_directory(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     return by_hand.write_bundle(tiny_bundle, tmp_path_factory.mktemp("coreml") / "stack", layers=2)
 
 
-def backend_of(path: Path, **settings: Any) -> CoremlBackend:
-    return CoremlBackend(path, bundle.read(path), RunSettings(**settings))
+def backend_of(path: Path, providers: tuple[str, ...] = ("evaluator",)) -> CoremlBackend:
+    return CoremlBackend(path, bundle.read(path), RunSettings(providers=providers))
 
 
 @pytest.fixture(scope="module")
@@ -176,17 +177,17 @@ def test_a_convolution_goes_back_to_marks(conv: CoremlBackend) -> None:
 
 
 def test_a_session_says_that_it_is_evaluated(directory: Path) -> None:
-    with open_bundle(directory) as session:
+    with open_bundle(directory, providers=("ALL",) if COREML_LACKS else ("evaluator",)) as session:
         reports = {report.name: report for report in session.providers}
         assert session.emulated == "evaluated with numpy: numerics only, not device speed"
         assert session.kv_bytes == CONTEXT * HIDDEN * 2
-    if coreml_engine.unavailable():
-        assert reports["ALL"].reason == coreml_engine.unavailable()
+    if COREML_LACKS:
+        assert reports["ALL"].reason == COREML_LACKS
     assert reports["evaluator"].roles == ("vision_encoder", "embed_tokens", "decoder")
 
 
 def test_providers_are_compute_units(directory: Path) -> None:
-    asked = ("CUDAExecutionProvider", "CPU_AND_NE", "evaluator")
+    asked = ("evaluator", "CUDAExecutionProvider", "CPU_AND_NE")
     reports = {report.name: report for report in backend_of(directory, providers=asked).providers}
     assert "is no compute unit; there are ALL, CPU_AND_NE" in reports["CUDAExecutionProvider"].reason
     assert reports["evaluator"].used and not reports["CPU_AND_NE"].used
@@ -194,9 +195,11 @@ def test_providers_are_compute_units(directory: Path) -> None:
 
 def test_it_answers_about_a_picture(directory: Path) -> None:
     picture = next((directory / "conformance").glob("*.png"))
-    found = json.loads(call("run", directory, "--image", picture, "--json", "a").stdout)
+    found = json.loads(
+        call("run", directory, "--image", picture, "--providers", "evaluator", "--json", "a").stdout
+    )
     assert found["emulated"].endswith("numerics only, not device speed")
-    with open_bundle(directory, max_context=CONTEXT) as session:
+    with open_bundle(directory, providers=("evaluator",)) as session:
         prepared = session.prepare(picture)
         features = session.encode_image(prepared)
         assert features.tokens.shape == (16, HIDDEN)
@@ -205,6 +208,7 @@ def test_it_answers_about_a_picture(directory: Path) -> None:
         np.testing.assert_array_equal(features.tokens, (pixels.astype(np.float16) > 0).astype(np.float32))
 
 
+@pytest.mark.skipif(not COREML_LACKS, reason="Core ML runs it here")
 def test_doctor_names_what_does_not_conform(directory: Path) -> None:
     """The vectors are another model's: pixels and ids agree, logits cannot."""
     result = call("doctor", directory, "--json", code=2)
@@ -219,7 +223,7 @@ def test_rows_are_refused(backend: CoremlBackend) -> None:
 
 def test_a_batch_runs_one_by_one(directory: Path) -> None:
     picture, options = next((directory / "conformance").glob("*.png")), GenerationOptions(max_new_tokens=2)
-    with open_bundle(directory) as session:
+    with open_bundle(directory, providers=("evaluator",)) as session:
         answers = session.ask_batch([(picture, "a"), (picture, "b")], options)
         alone = session.ask(picture, "b", options)
     assert {answer.stats.one_by_one for answer in answers} == {CoremlBackend.no_rows}
@@ -299,7 +303,7 @@ def test_facts_that_cannot_be_are_refused(directory: Path, change: dict[str, Any
 
 
 def test_a_bench_of_it_beside_others_is_refused(directory: Path, tiny_bundle: Path) -> None:
-    if not coreml_engine.unavailable():
+    if not COREML_LACKS:
         pytest.skip("Core ML runs it here")
     assert "the times of the evaluator say nothing beside those of others" in refusal(
         "bench", tiny_bundle, directory
