@@ -6,6 +6,7 @@ parity (`evals/parity_run.py`), variants (`evals/variants.py`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from evals import eval_judge, eval_layouts, eval_run, parity_run, subjects, variants
+from evals import brittleness, eval_judge, eval_layouts, eval_run, parity_run, subjects, variants
 from evals.eval_results import EvalResults
 from evals.parity_results import ParityResults
 from evals.stage_bar import StageBar
@@ -62,13 +63,15 @@ class Done:
 
 
 def summary(done: Done) -> dict[str, Any]:
-    """What `--json` prints: scores, changes, what is missing, and the files."""
+    """What `--json` prints: scores, changes, losses under variants, parity, what is missing, the files."""
     found = done.evaluation
     return {
         "files": [str(path) for path in done.files],
         "task": found.task.model_dump(mode="json"),
         "summaries": [one.model_dump(mode="json") for one in found.summaries],
         "changes": [one.model_dump(mode="json") for one in found.changes],
+        "losses": [dataclasses.asdict(one) for one in brittleness.losses(found)],
+        "parity": [one.model_dump(mode="json") for one in done.parity.candidates] if done.parity else [],
         "missing": [one.model_dump(mode="json") for one in found.missing],
     }
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from evals import stats
 from evals.parity_results import Estimate, Forced, Greedy, Numerics, Position, Preprocessing
+from runtime.errors import InputError
 
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
@@ -54,7 +55,10 @@ def _told(name: str, one: Row) -> str:
 
 
 def numerics(forced: Forced, rows: Sequence[Row], groups: Sequence[Hashable], seed: int = 0) -> Numerics:
-    """Rows as `parity_side.positions` gave them, with the image group of each."""
+    """Rows as `parity_side.positions` gave them, with the image group of each.
+
+    Raises InputError when no position has numbers for logits.
+    """
     kl = [_numbers(row["kl"]) for row in rows]
     usable = [np.isfinite(one) for one in kl]
     flat = np.concatenate([one[fine] for one, fine in zip(kl, usable, strict=True)])
@@ -64,7 +68,7 @@ def numerics(forced: Forced, rows: Sequence[Row], groups: Sequence[Hashable], se
     agree = np.concatenate([np.asarray(row["agree"], np.float64) for row in rows])
     everywhere = [g for g, row in zip(groups, rows, strict=True) for _ in row["agree"]]
     if len(flat) == 0:
-        raise ValueError("numerics: no position has numbers for logits")
+        raise InputError(f"parity: no logit of {len(agree)} positions is a number; export the bundle again")
     ratio = estimate(other - own, by_position, seed)
     return Numerics(
         forced=forced,

@@ -162,10 +162,10 @@ class _Work:
             if lacking or not told.exists():
                 self._hold(model, lacking, told)
             rows = [files.read_shard(self._row(model, n))[0] for n in range(len(self.task.questions))]
-            facts = files.read_json(told)
+            facts, figures = files.read_json(told), self._figures(rows)
         except PocketError as error:
             return _candidate(model, self.reference, {"backend": "not run"}, error=str(error))
-        return _candidate(model, self.reference, facts, **self._figures(rows))
+        return _candidate(model, self.reference, facts, **figures)
 
     def forget_reference(self) -> None:
         """Delete the logits and pixels: everything was held against them."""

@@ -73,7 +73,7 @@ def test_no_number_is_counted_and_never_agrees(bad: float) -> None:
     assert found["kl"][2] is None and found["agree"] == [True, True, False]
     shown = figures.numerics("label", [found], ["one"])
     assert shown.not_finite == 1 and shown.kl_mean.value == 0 and shown.top1_differ == 1
-    with pytest.raises(ValueError, match="no position"):
+    with pytest.raises(InputError, match="no logit of 3 positions is a number"):
         figures.numerics("label", [row(np.full_like(REFERENCE, bad), [0, 1, 0])], ["one"])
 
 

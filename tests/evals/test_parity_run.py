@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,6 +214,77 @@ def test_a_candidate_that_cannot_be_asked_does_not_stop_the_others(
     assert done.missing[0].what == "broken"
     assert any("not measured" in line for line in parity_table.lines(done))
     assert [column.header for column in parity_table.table(done).columns][1:] == [models[2].name]
+
+
+def test_questions_without_a_picture_and_with_two(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path
+) -> None:
+    first, *_, last = task.questions
+    asked = (
+        replace(first, id="none", group="none", images=()),
+        replace(first, id="two", group="two", images=(*first.images, *last.images), references=()),
+    )
+    models = subjects.describe_all([tiny_checkpoint, tiny_bundle])
+    some = replace(task, questions=asked)
+    done = parity_run.run(models[0], models[1:], some, tmp_path / "parity.json", settings=FAST)
+    one = done.candidates[0]
+    assert one.error is None and one.preprocessing is not None
+    assert one.preprocessing.images == one.preprocessing.images_equal == 2
+    figures, label = one.on("reference-greedy"), one.on("label")
+    assert figures is not None and figures.cases == 2 and figures.kl_mean.value < 1e-6
+    assert label is not None and label.cases == 1  # a question without a label has no such text
+
+    bare = replace(some, questions=asked[:1])
+    settings = replace(FAST, labels=False)
+    done = parity_run.run(models[0], models[1:], bare, tmp_path / "bare.json", settings=settings)
+    assert done.candidates[0].on("label") is None
+    assert done.missing[-1].what == "perplexity of the labels"
+    (cell,) = list(parity_table.table(done).columns[1].cells)[:1]
+    assert cell == "no picture"
+
+
+@pytest.mark.slow
+def test_kill_9_costs_one_question(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path
+) -> None:
+    """A process of its own is killed in the middle, again and again, until it is through."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import pickle, sys\n"
+        "from pathlib import Path\n"
+        "from evals import parity_run, subjects\n"
+        "models = subjects.describe_all([Path(one) for one in sys.argv[2:4]])\n"
+        "task = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
+        "out, settings = Path(sys.argv[4]), parity_run.Settings(max_tokens=6, threads=1)\n"
+        "parity_run.run(models[0], models[1:], task, out, settings=settings)\n"
+    )
+    (tmp_path / "task").write_bytes(pickle.dumps(task))
+    out, work = tmp_path / "out.json", tmp_path / "out.work"
+    command = [sys.executable, script, tmp_path / "task", tiny_checkpoint, tiny_bundle, out]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for wanted in (2, 8):  # files made before the kill: inside the reference, inside the bundle
+        process = subprocess.Popen(command, env=environment)
+        while process.poll() is None and _made(work) < wanted:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert not out.exists() and _made(work) >= 8
+    kept = {path: path.stat().st_mtime_ns for path in work.rglob("*.jsonl")}
+    subprocess.run(command, env=environment, check=True)
+    models = subjects.describe_all([tiny_checkpoint, tiny_bundle])
+    whole = parity_run.run(models[0], models[1:], task, tmp_path / "whole.json", settings=FAST)
+    assert parity_results.read(out).candidates == whole.candidates
+    assert kept and all(path.stat().st_mtime_ns == made for path, made in kept.items())
+    assert not list(work.rglob(".tmp-*")) and not list(work.rglob("*.npz"))
+
+
+def _made(work: Path) -> int:
+    return sum(
+        path.name[0].isdigit()
+        for pattern in ("*.npz", "*.jsonl")
+        for path in work.rglob(pattern)
+        if len(path.stem) == 6
+    )
 
 
 def test_a_label_is_tokenised_as_the_template_has_it(tiny_checkpoint: Path, task: Task) -> None:
