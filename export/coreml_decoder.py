@@ -34,6 +34,7 @@ from runtime.errors import CheckpointError
 KEYS, VALUES, CONVOLUTIONS = "key_cache", "value_cache", "conv_state"
 """Names of the states: (attention layers, KV heads, context, head), the same, (conv layers, hidden, L)."""
 
+
 @dataclass
 class _Trace:
     """What attention and convolutions of one trace read; tensors of the step that is being traced."""

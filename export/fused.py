@@ -100,9 +100,7 @@ def attend(
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     mask = None if keep is None else keep.bool()[:, None, None]
     usual = math.isclose(scale, q.shape[-1] ** -0.5, rel_tol=1e-6)  # a converter may know no other
-    out = nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=None if usual else scale
-    )
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=None if usual else scale)
     return out.transpose(1, 2).flatten(-2)
 
 

@@ -316,7 +316,7 @@ def test_the_audit_finds_another_weight(
     _, folder, _ = small
     package = Path(shutil.copytree(folder / "coreml" / f"{role}.mlpackage", tmp_path / f"{role}.mlpackage"))
     damage(package, label)
-    with pytest.raises(ParityError, match="is .* off the checkpoint's"):
+    with pytest.raises(ParityError, match="off the checkpoint's"):
         coreml_audit.same_but_rounded(made.path / "coreml" / f"{role}.mlpackage", package)
 
 
@@ -343,31 +343,30 @@ def test_expanded_weights_are_what_coremltools_makes_of_them(small: tuple[Policy
     with coreml_convert.quiet(), coreml_convert.unguarded():
         model = ct.optimize.coreml.decompress_weights(coreml_convert.opened(source))
         dense = coreml_convert.save(model, folder / "dense.mlpackage")
-    sides = []
-    for package in (source, dense):
-        (function,) = coreml_package.functions(package).values()
-        stored = Stored(WeightFiles(package / coreml_package.MODEL), Store(0))
-        for operation in function.operations:
-            if operation.type.startswith("const"):
-                stored.add(operation)
-        names = {
-            _plain(name)
-            for name in (op.outputs[0][0] for op in function.operations if op.type.startswith("const"))
-        }
-        sides.append((stored, names, function))
-    compared = 0
-    for operation in sides[0][2].operations:
-        if not operation.type.startswith("constexpr"):
-            continue
-        name = operation.outputs[0][0]
-        other = next(
-            each.outputs[0][0]
-            for each in sides[1][2].operations
-            if each.type == "const" and _plain(each.outputs[0][0]) == _plain(name)
-        )
-        assert np.array_equal(sides[0][0].packed(name), sides[1][0].packed(other)), name
-        compared += 1
-    assert compared >= 7
+    packed, plain = (_constants(package) for package in (source, dense))
+    names = [name for name, kind in packed.kinds.items() if kind.startswith("constexpr")]
+    others = {_plain(name): name for name, kind in plain.kinds.items() if kind == "const"}
+    assert len(names) >= 7
+    for name in names:
+        assert np.array_equal(packed.stored.packed(name), plain.stored.packed(others[_plain(name)])), name
+
+
+@dataclass
+class _Constants:
+    """What a package with one function stores, by the name of the output."""
+
+    stored: Stored
+    kinds: dict[str, str]
+
+
+def _constants(package: Path) -> _Constants:
+    (function,) = coreml_package.functions(package).values()
+    found = _Constants(Stored(WeightFiles(package / coreml_package.MODEL), Store(0)), {})
+    for operation in function.operations:
+        if operation.type.startswith("const"):
+            found.stored.add(operation)
+            found.kinds[operation.outputs[0][0]] = operation.type
+    return found
 
 
 def _plain(name: str) -> str:
