@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+STRONG = (SECOND, ACCENT, INK)
+"""Colours of lines that are named; the page's legend has `--kd`, `--masters`, `--ink` for them."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A bundle in the trade-off. accuracy, low, high: percent. state: passed, failed, unproven or missing."""
@@ -36,10 +40,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Line:
-    """Percent right at each severity, 0 for the question as it is. main: drawn strong."""
+    """Percent right at each severity, 0 for the question as it is. strong: place in STRONG, None: faint."""
 
     name: str
-    main: bool
+    strong: int | None
     severities: tuple[int, ...]
     percent: tuple[float, ...]
 
@@ -208,11 +212,12 @@ def robustness(panels: Sequence[tuple[str, Sequence[Line]]]) -> Chart | None:
         figure, axes = new_figure(layout, 190 * rows, rows, columns)
         low = min(value for _, lines in panels for line in lines for value in line.percent)
         for one, (title, lines) in zip(axes, panels, strict=False):
-            for i, line in enumerate(sorted(lines, key=lambda line: line.main)):
-                colour = (SECOND, ACCENT, INK)[i % 3] if line.main else MUTED
+            for line in sorted(lines, key=lambda line: line.strong is not None):
+                faint = line.strong is None
+                colour = MUTED if line.strong is None else STRONG[line.strong % len(STRONG)]
                 one.plot(
-                    line.severities, line.percent, color=colour, linewidth=2.2 if line.main else 1,
-                    alpha=1 if line.main else 0.55, marker="o", markersize=4 if line.main else 2,
+                    line.severities, line.percent, color=colour, linewidth=1 if faint else 2.2,
+                    alpha=0.55 if faint else 1, marker="o", markersize=2 if faint else 4,
                 )  # fmt: skip
             one.set_title(title)
             one.set_ylim(max(0.0, low - 4), 101)

@@ -90,7 +90,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("load_peak_rss_mib", "peak memory while loading", "device", "MiB"),
     Kind("joule_per_answer", "energy of an answer", "device", "J", True),
     Kind("millijoule_per_token", "energy of a token", "device", "mJ", True),
-    Kind("sustained_slowdown_percent", "slower when it goes on", "device", "%", True),
+    Kind("sustained_slowdown_percent", "slowdown of a sustained run", "device", "%", True),
 )
 BY_QUANTITY = {kind.quantity: kind for kind in KINDS}
 assert set(BY_QUANTITY) == set(get_args(Quantity))

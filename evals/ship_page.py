@@ -97,7 +97,7 @@ def _context(report: Report) -> dict[str, Any]:
         "devices": devices,
         "parity": [tables.parity_row(one) for one in evidence.parity],
         "energy": tables.energy_words,
-        "ceilings": any(one.ceilings for one in evidence.bundles),
+        "ceilings": tables.ceilings(evidence),
     }
 
 
@@ -180,8 +180,9 @@ def _robustness(report: Report, task: Task) -> dict[str, Any] | None:
     """None where only the questions as they are were asked."""
     if len(task.variants) < 2:
         return None
-    strong = {one.name for one in task.subjects if one.kind != "bundle"}
-    strong |= {name for name in report.verdict.chosen.values() if name}
+    chosen = set(report.verdict.chosen.values())
+    named = [one.name for one in task.subjects if one.kind != "bundle" or one.name in chosen]
+    strong = {name: i for i, name in enumerate(named)}
     families: dict[str, list[Any]] = defaultdict(list)
     for variant in task.variants:
         if variant.severity is not None:
@@ -190,18 +191,16 @@ def _robustness(report: Report, task: Task) -> dict[str, Any] | None:
     for family, variants in families.items():
         variants.sort(key=lambda one: one.severity)
         lines = [
-            charts.Line(subject.name, subject.name in strong, (0, *(v.severity for v in variants)), percent)
+            charts.Line(subject.name, strong.get(subject.name), (0, *(v.severity for v in variants)), percent)
             for subject in task.subjects
             if (percent := _percents(task, subject.name, [ORIGINAL, *(v.name for v in variants)]))
         ]
         panels.append((family, lines))
-    legend = [name for name in (one.name for one in task.subjects) if name in strong]
     colours = ("kd", "masters", "ink")
-    order = {name: colours[i % 3] for i, name in enumerate(legend)}
     return {
         "task": task.name,
         "chart": charts.robustness(panels),
-        "legend": list(order.items()),
+        "legend": [(name, colours[i % 3]) for name, i in strong.items()],
         "rows": tables.variant_rows(report.evidence, task),
         "subjects": [one.name for one in task.subjects],
     }
@@ -252,6 +251,7 @@ def _point(evidence: Evidence, device: str, point: str, numbers: dict[str, int])
         "timings": [(numbers[one.bundle], one) for one in timings],
         "first": timings[0],
         "chart": stage_bars(drawn) if drawn else None,
+        "no_energy": tables.energy_reasons(timings),
         "conditions": list(dict.fromkeys(one.conditions for one in timings)),
     }
 

@@ -5,6 +5,7 @@ In: a `Report` or parts of its evidence. Out: dictionaries of text and small rec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from evals import formatting as fmt
@@ -27,9 +28,10 @@ def tiles(report: Report) -> list[dict[str, str]]:
     bundle = evidence.bundle(chosen) if verdict.ship and chosen else None
     if bundle is None:
         counts = {state: sum(one.state == state for one in verdict.checks) for state in STATES}
-        candidates = len(verdict.candidates)
+        candidates, devices = len(verdict.candidates), len(verdict.devices)
+        on = f"on {devices} device{'s' if devices > 1 else ''}" if devices else "no device was measured"
         return [
-            {"name": "Candidates", "value": str(candidates), "note": f"on {len(verdict.devices)} devices"},
+            {"name": "Candidates", "value": str(candidates), "note": on},
             {"name": "Limits not kept", "value": str(counts["failed"]), "note": "beyond doubt"},
             {"name": "Unproven", "value": str(counts["unproven"]), "note": "the interval crosses the limit"},
             {"name": "Not measured", "value": str(counts["missing"]), "note": "asked for by the gate"},
@@ -83,13 +85,23 @@ def bundle_row(report: Report, bundle: BundleFacts, number: int) -> dict[str, An
         for part in bundle.parts
     ]
     too_large = [one.name for one in bundle.ceilings if not one.fits]
+    fits = f"fits all {len(bundle.ceilings)}" if bundle.ceilings else fmt.DASH
     return {
         "number": number,
         "bundle": bundle,
         "parts": "; ".join(parts),
-        "too_large": ", ".join(too_large),
-        "fits": ", ".join(one.name for one in bundle.ceilings if one.fits),
+        "too_large": "; ".join(too_large),
+        "fits": fits,
     }
+
+
+def ceilings(evidence: Evidence) -> list[dict[str, str]]:
+    """Limits of stores and browsers that the bundles were held against, each once."""
+    found = {one.name: one for bundle in evidence.bundles for one in bundle.ceilings}
+    return [
+        {"name": one.name, "limit": fmt.size(one.limit_bytes), "source": one.source, "note": one.note}
+        for one in found.values()
+    ]
 
 
 # --- accuracy ---------------------------------------------------------
@@ -217,16 +229,20 @@ def sustained_rows(evidence: Evidence, device: str) -> list[dict[str, str]]:
 
 
 def energy_words(timing: Timing) -> str:
-    """Energy of an answer, or why there is none."""
+    """Energy of an answer, or a dash."""
     energy = timing.energy
-    if energy is None:
-        return "not measured"
-    if energy.joule_per_answer is None:
-        return f"not measured: {energy.why_not or 'no whole answer'}"
-    token = (
-        f", {fmt.significant(energy.millijoule_per_token)} mJ a token" if energy.millijoule_per_token else ""
-    )
-    return f"{fmt.significant(energy.joule_per_answer)} J an answer{token} ({energy.source}, {energy.scope})"
+    if energy is None or energy.joule_per_answer is None:
+        return fmt.DASH
+    text = f"{fmt.significant(energy.joule_per_answer)} J an answer"
+    if energy.millijoule_per_token:
+        text += f", {fmt.significant(energy.millijoule_per_token)} mJ a token"
+    return f"{text} ({energy.source}{', ' + energy.scope if energy.scope else ''})"
+
+
+def energy_reasons(timings: Sequence[Timing]) -> list[str]:
+    """Why there is none, each reason once."""
+    reasons = [one.energy.why_not for one in timings if one.energy and one.energy.why_not]
+    return list(dict.fromkeys(reasons))
 
 
 # --- parity -----------------------------------------------------------

@@ -1,7 +1,7 @@
 """One bundle at one grid point of a bench.json, as the verdict and the page take it.
 
-In: `BenchResults` and one of its points. Out: `Timing`: percentiles of all repeats and of every process, always
-from the raw times, whatever the file's writer summed up. Not here: joining files (`evals/ship_load.py`).
+In: `BenchResults` and one of its points. Out: `Timing`: percentiles of all repeats and of every process,
+always from the raw times, whatever the file's writer summed up. Not here: joining (`evals/ship_load.py`).
 """
 
 from __future__ import annotations
@@ -82,9 +82,19 @@ def _largest(values: Sequence[float | None]) -> float | None:
 
 def _conditions(found: BenchResults, point: PointResult) -> str:
     policy = found.policy
-    threads = f", {policy.threads} threads" if policy.threads else ""
-    turns = ", bundles in turn" if policy.interleaved and len(found.bundles) > 1 else ""
-    fresh = "fresh processes" if all(run.fresh_process for run in point.runs) else "runs of one process"
-    return (
-        f"{len(point.runs)} {fresh} of {policy.warmup} warm-ups and {policy.repeats} repeats{threads}{turns}"
-    )
+    fresh = all(run.fresh_process for run in point.runs)
+    parts = [
+        f"{_count(len(point.runs), 'fresh process' if fresh else 'run of one process')} of "
+        f"{_count(policy.warmup, 'warm-up')} and {_count(policy.repeats, 'repeat')}"
+    ]
+    parts += [_count(policy.threads, "thread")] if policy.threads else []
+    parts += ["bundles in turn"] if policy.interleaved and len(found.bundles) > 1 else []
+    return ", ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    """`1 repeat`, `3 repeats`, `2 fresh processes`, `2 runs of one process`."""
+    if number == 1:
+        return f"1 {what}"
+    head, space, tail = what.partition(" of ")
+    return f"{number} {head}{'es' if head.endswith('s') else 's'}{space}{tail}"

@@ -38,6 +38,8 @@ def interval(low: float, high: float, unit: str) -> str:
 def limit(rule_min: float | None, rule_max: float | None, unit: str) -> str:
     """`at most 500 ms`, `at least 97 %`, `3 to 5`."""
     low, high = (None if x is None else f"{x:g}".replace("-", fmt.MINUS) for x in (rule_min, rule_max))
+    if unit == "points" and (high or low) == "1":
+        unit = "point"
     space = f"{fmt.THIN}{unit}" if unit else ""
     if low is None:
         return f"at most {high}{space}"
@@ -79,7 +81,11 @@ def _more(rule: Rule, found: Found) -> str:
     gap = min(gaps)
     if gap <= reach / 30:
         return "; the figure is at its limit, more data will hardly decide"
-    needed = math.ceil(found.n * (reach / gap) ** 2)
+    growth = (reach / gap) ** 2
+    if rule.quantity == "accuracy_drop_points" and found.value == 0 and found.low == -found.high:
+        # no flip at all: the bound is Wilson's for 0 of n, which falls as 1 / n
+        growth = (100 / gap - 1) / (100 / reach - 1)
+    needed = math.ceil(found.n * growth)
     things = "processes" if rule.kind.scope == "device" else "questions"
     return f"; the interval reaches across the limit, about {needed:,} {things} would decide"
 
