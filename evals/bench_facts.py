@@ -65,13 +65,8 @@ class BundleFacts:
         last_cache_bytes: int | None,
     ) -> Roofline:
         """What decoding a token reads at the least: the weights of the decoding part once, and the state."""
-        weights = sum(
-            each.bits * each.parameters
-            for part in self.manifest.parts
-            if part.role in DECODING
-            for each in part.bits
-        )
-        state, counted = 0, "weights of the decoding part as stored"
+        weights, counted = self._weights()
+        state = 0
         if state_bytes is not None and max_context:
             # graphs of fixed shapes read their whole buffers, however short the sequence
             whole = self.manifest.static is not None or self.manifest.coreml is not None
@@ -79,13 +74,20 @@ class BundleFacts:
             counted += (
                 ", and the state's whole buffers" if whole else ", and the state of the sequence so far"
             )
-        total = weights // 8 + state
+        total = weights + state
         return Roofline(
             bytes_per_token=total,
             counted=counted,
             context_tokens=context_tokens,
             fits_cache=None if last_cache_bytes is None else total < last_cache_bytes,
         )
+
+    def _weights(self) -> tuple[int, str]:
+        """(bytes, what they are) of the part that runs once a token."""
+        (part,) = (part for part in self.manifest.parts if part.role in DECODING)
+        if part.role == "text_model":  # the manifest counts no scales of its blocks; the file has them
+            return part.bytes, "the text model's file"
+        return sum(each.bits * each.parameters for each in part.bits) // 8, "weights of the decoder as stored"
 
     def _needed(self) -> list[bundles.FileRef]:
         """Files that answering needs: parts with their data, and the tokenizer; each once."""

@@ -211,7 +211,7 @@ class PointResult(Record):
 class BundlePart(Record):
     role: Text
     bytes: Count
-    bits: Amount | None = Field(default=None, description="mean bits per weight as stored, without scales")
+    bits: Amount | None = Field(default=None, description="mean over the parameters that the manifest counts")
     unit: str | None = Field(default=None, description="provider or compute unit that ran it")
     unit_note: str | None = Field(
         default=None, description="why not the preferred one; share of its operations"
