@@ -582,6 +582,9 @@ def bench(
         int | None, typer.Option(min=1, help="Tokens of a conversation; their state is allocated.")
     ] = None,
     drop_cache: Annotated[bool, typer.Option("--drop-cache", help="Forget cached files first.")] = False,
+    rest: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Wait before each process, to cool down.")
+    ] = 0.0,
     sustained: Annotated[
         str | None, typer.Option(metavar="TIME", help="Also answer on end for 90s, 10m, 1h: drift.")
     ] = None,
@@ -632,7 +635,8 @@ def bench(
         settings = remote.Settings(on_dir or remote.FOLDER, on_python, on_wheels, on_clean)
         request = remote.Request(tuple(bundles or ()), remote.passed_on(context))
         with _progress("bench") as progress:
-            found = remote.bench(on, request, settings, progress)
+            samples = out and out.with_suffix(".telemetry.jsonl")
+            found = remote.bench(on, request, settings, progress, samples)
     else:
         for bundle in bundles or ():
             _require_backend(bundle)
@@ -650,12 +654,13 @@ def bench(
             providers=tuple(_listed(providers) or ()),
             max_context=max_context,
             drop_cache=drop_cache,
+            rest_s=rest,
             sustained=sustained,
             energy_s=energy,
             bandwidth_s=bandwidth,
             device_name=device_name,
         )
-        with _progress("bench") as progress:
+        with _progress("bench", spin=False) as progress:
             found = benches.measure(options, out, progress)
     if out is not None:
         bench_results.write(found, out)
@@ -951,27 +956,32 @@ def _conformance(bundle: Path) -> dict[str, Any]:
 
 
 class _progress:
-    """A rich spinner on stderr whose text is the step; call it with each step's name."""
+    """A rich spinner on stderr whose text is the step; call it with each step's name.
 
-    def __init__(self, verb: str) -> None:
+    Without `spin` each step is a line: a spinner takes time from what is measured meanwhile.
+    """
+
+    def __init__(self, verb: str, *, spin: bool = True) -> None:
         from rich.console import Console
 
         self._verb = verb
         self._console = Console(stderr=True)
+        self._spin = spin and self._console.is_terminal
         self._status = self._console.status(verb)
 
     def __call__(self, step: str) -> None:
-        if self._console.is_terminal:
+        if self._spin:
             self._status.update(f"{self._verb}: {step}")
         else:
-            self._console.print(f"{self._verb}: {step}", highlight=False, markup=False)
+            self._console.print(f"{self._verb}: {step}", highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> _progress:
-        self._status.__enter__()
+        if self._spin:
+            self._status.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._status.__exit__(*error)
+        self._status.stop()
 
 
 if __name__ == "__main__":

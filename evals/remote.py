@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from evals import (
     remote_ssh,
     remote_sync,
     remote_wheel,
+    telemetry,
 )
 from evals.bench_results import BenchResults
 from evals.remote_job import State
@@ -33,11 +35,13 @@ from evals.remote_setup import BACKENDS, Facts
 from evals.remote_ssh import DeviceError, Ssh
 from evals.remote_sync import Local
 from runtime import bundle as bundle_files
+from runtime import files
 from runtime.errors import InputError
 
 FOLDER = ".cache/pocketvlm"
 """Where things go on a device, below its user's home."""
 
+TELEMETRY = "telemetry.jsonl"
 Tell = Callable[[str], None]
 
 
@@ -80,9 +84,16 @@ class Request:
         object.__setattr__(self, "formats", found)
 
 
-def bench(url: str, request: Request, settings: Settings = Settings(), tell: Tell = print) -> BenchResults:
+def bench(
+    url: str,
+    request: Request,
+    settings: Settings = Settings(),
+    tell: Tell = print,
+    samples_to: Path | None = None,
+) -> BenchResults:
     """Run the bench on the device; its results, marked with where they come from.
 
+    samples_to: where the samples of heat, clock and power go (`evals/telemetry.py`), if there are any.
     Raises DeviceError, InputError, PocketError; after any of them the same call goes on where it was.
     """
     target = remote_ssh.parse(url)
@@ -95,10 +106,12 @@ def bench(url: str, request: Request, settings: Settings = Settings(), tell: Tel
         folder = posixpath.normpath(posixpath.join(facts.home, settings.folder))
         remote_setup.claim(ssh, folder)
         place = _Place(ssh, folder, facts, request, settings, wheel, tell)
-        results = place.results()
+        results, samples = place.results()
         if settings.clean:
             tell(f"deleting {folder} there")
             remote_setup.remove(ssh, folder)
+    if samples_to is not None and samples:
+        files.write_bytes(samples_to, samples)
     return results
 
 
@@ -114,7 +127,8 @@ class _Place:
     wheel: Path
     tell: Tell
 
-    def results(self) -> BenchResults:
+    def results(self) -> tuple[BenchResults, bytes]:
+        """The results, and the samples taken meanwhile."""
         job_id, job = self.job_id(), remote_job.look(self.ssh, self.folder)
         if job.state is State.RUNNING and job.id != job_id:
             raise DeviceError(
@@ -129,16 +143,20 @@ class _Place:
             self.tell("this bench has ended there; fetching its results")
         else:
             python = self.prepare()
-            remote_job.start(self.ssh, self.folder, job_id, self.command(python), [], self.facts)
-        code = remote_job.follow(
-            self.ssh, self.folder, self.facts.boot_id, lambda line: self.tell(line.removeprefix("bench: "))
-        )
+            remote_job.start(self.ssh, self.folder, job_id, *self.commands(python), self.facts)
+        code = remote_job.follow(self.ssh, self.folder, self.facts.boot_id, self.passed_line)
         if code:
             words = remote_job.failure(self.ssh, self.folder, code)
             raise DeviceError(f"{self.ssh.target}: the bench there: {words}")
-        results = marked(self.fetch(), self.facts)
+        samples = self.samples()
+        results = marked(self.fetch(), self.facts, samples)
         remote_job.stop(self.ssh, self.folder)
-        return results
+        return results, samples
+
+    def passed_line(self, line: str) -> None:
+        """A line of the bench there; an error's line comes with the error."""
+        if not line.startswith("pocketvlm: "):
+            self.tell(line.removeprefix("bench: "))
 
     def job_id(self) -> str:
         """What was asked: bundles, arguments, code. Results of anything else are never taken for it."""
@@ -214,26 +232,24 @@ class _Place:
         """The unpacked wheel, for a given interpreter."""
         return f"code/{self.wheel.name.removesuffix('.whl')}"
 
-    def command(self, python: str) -> list[str]:
+    def commands(self, python: str) -> tuple[list[str], list[str]]:
+        """The bench, and the sampler beside it; both run in `<folder>/run`."""
         start = ["env", f"PYTHONPATH={self.folder}/{self.code}"] if self.settings.python is not None else []
         arguments = [
             one if isinstance(one, str) else f"{self.folder}/{self.remote_file(one)}"
             for one in self.request.arguments
         ]
         bundles = [f"{self.folder}/{name}" for _, name in self.remote_bundles()]
-        return [
-            *start,
-            python,
-            "-m",
-            "pocketvlm",
-            "bench",
-            *bundles,
-            "--out=bench.json",
-            "--json",
-            *arguments,
-        ]
+        here = [*start, python, "-m"]
+        verb = [*here, "pocketvlm", "bench", *bundles, "--out=bench.json", "--json", *arguments]
+        return verb, [*here, "evals.telemetry", TELEMETRY]
 
     # --- after it -------------------------------------------------------
+
+    def samples(self) -> bytes:
+        path = shlex.quote(f"{self.folder}/run/{TELEMETRY}")
+        there = self.ssh.run(f"[ ! -s {path} ] || echo yes").out.strip() == "yes"
+        return self.ssh.read(f"{self.folder}/run/{TELEMETRY}") if there else b""
 
     def fetch(self) -> BenchResults:
         """Raises DeviceError when the bench ended well and left no readable results."""
@@ -247,10 +263,12 @@ class _Place:
                 raise DeviceError(f"{self.ssh.target}: {error}") from error
 
 
-def marked(results: BenchResults, facts: Facts) -> BenchResults:
-    """The results with where they came from."""
+def marked(results: BenchResults, facts: Facts, samples: bytes) -> BenchResults:
+    """The results with where they came from and what the device did meanwhile."""
     sheet = results.device.model_copy(update={"extra": {**results.device.extra, **facts.extra}})
-    return results.model_copy(update={"source": "ssh", "device": sheet})
+    said = telemetry.sentence(samples.decode(errors="replace").splitlines())
+    notes = (*results.notes, *([said] if said else []))
+    return results.model_copy(update={"source": "ssh", "device": sheet, "notes": notes})
 
 
 HERE_ONLY = ("bundles", "out", "as_json", "results", "on", "on_dir", "on_python", "on_wheels", "on_clean")
