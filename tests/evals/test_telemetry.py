@@ -68,7 +68,7 @@ def test_the_sentence() -> None:
 
 def test_tegrastats_lines_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that prints lines as JetPack's does; the sampler ends it when it ends itself."""
-    line = "RAM 3000/7620MB CPU [12%@1510,5%@1510] GR3D_FREQ 0% cpu@48.5C VDD_IN 5120mW/5080mW VDD_SOC 900mW/900mW"
+    line = "RAM 3000/7620MB CPU [12%@1510] GR3D_FREQ 0% cpu@48.5C VDD_IN 5120mW/5080mW VDD_SOC 900mW/900mW"
     program = tmp_path / "bin" / "tegrastats"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nwhile :; do echo '{line}'; sleep 0.1; done\n")
