@@ -92,6 +92,8 @@ class Subject(Record):
     precision: str
     sha256: Sha256 | None = Field(None, description="of manifest.json, or of all weight files in order")
     bytes: Count | None = None
+    backend: str = Field("", description="library, version and execution providers that ran it")
+    emulated: str = Field("", description="why its arithmetic is not the device's own; empty: it is")
     answers: list[Given]
 
 

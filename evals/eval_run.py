@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from evals import eval_judge, eval_results, eval_summary
 from evals.eval_results import ORIGINAL, EvalResults, Given, Subject, TaskInfo, Variant
+from evals.parity_run import backend_of, emulated_why
 from evals.results import Missing
 from evals.subjects import Model
 from evals.tasks import scoring
@@ -34,6 +35,8 @@ CHUNK = 64
 ANSWERS_VERSION = 1
 """Raise it with any change of what a shard holds or how a question is asked."""
 PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "coremltools", "numpy", "pillow")
+FACTS = "session.json"
+"""In a model's folder: what ran it."""
 PLAIN = Variant(name=ORIGINAL, family="original", description="the questions as the task has them")
 Row = dict[str, Any]
 
@@ -84,7 +87,7 @@ def run(
         judge = eval_judge.open_judge(options.judge, out / "judge")
         try:
             subjects = [
-                _subject(model, options.teachers, _scored(every, rows, task, judge))
+                _subject(model, options, asked.facts(model), _scored(every, rows, task, judge))
                 for model, rows in zip(models, answers, strict=True)
             ]
         finally:
@@ -107,19 +110,8 @@ class _Asked:
         """Rows by (variant, question), asked where they lack."""
         folder = self.root / model.sha256[:16]
         lacking = [chunk for chunk in self.chunks if not (folder / chunk.name).exists()]
-        done = self.total - sum(len(chunk.questions) for chunk in lacking)
         if lacking:
-            with model.open(threads=threads) as session:
-                asker = Asker(session)
-                for chunk in lacking:
-                    rows = []
-                    for question in chunk.questions:
-                        rows.append(asker.ask(question, chunk.max_new_tokens))
-                        done += 1
-                        if self.progress:
-                            self.progress(model.name, done, self.total)
-                    files.write_shard(folder / chunk.name, rows)
-            del session, asker
+            self._ask(model, threads, folder, lacking)
             gc.collect()
         found: dict[tuple[str, str], Row] = {}
         for chunk in self.chunks:
@@ -129,6 +121,25 @@ class _Asked:
             first = next(iter(found.values()))
             raise InputError(f"{model.path}: no question could be asked; the first: {first['error']}")
         return found
+
+    def _ask(self, model: Model, threads: int | None, folder: Path, lacking: Sequence[_Chunk]) -> None:
+        done = self.total - sum(len(chunk.questions) for chunk in lacking)
+        with model.open(threads=threads) as session:
+            facts = {"backend": backend_of(session, model), "emulated": emulated_why(session)}
+            files.write_json(folder / FACTS, facts)
+            asker = Asker(session)
+            for chunk in lacking:
+                rows = []
+                for question in chunk.questions:
+                    rows.append(asker.ask(question, chunk.max_new_tokens))
+                    done += 1
+                    if self.progress:
+                        self.progress(model.name, done, self.total)
+                files.write_shard(folder / chunk.name, rows)
+
+    def facts(self, model: Model) -> dict[str, str]:
+        """What ran the model, as of its last sitting."""
+        return dict(files.read_json(self.root / model.sha256[:16] / FACTS))
 
 
 @dataclass(frozen=True)
@@ -235,8 +246,10 @@ def _scored(
     return found
 
 
-def _subject(model: Model, teachers: frozenset[str], answers: list[Given]) -> Subject:
-    kind: Any = "bundle" if model.is_bundle else "teacher" if model.name in teachers else "checkpoint"
+def _subject(model: Model, options: Settings, facts: dict[str, str], answers: list[Given]) -> Subject:
+    kind: Literal["checkpoint", "teacher", "bundle"] = "checkpoint"
+    if model.is_bundle or model.name in options.teachers:
+        kind = "bundle" if model.is_bundle else "teacher"
     return Subject(
         name=model.name,
         kind=kind,
@@ -245,6 +258,8 @@ def _subject(model: Model, teachers: frozenset[str], answers: list[Given]) -> Su
         precision=model.precision,
         sha256=model.sha256,
         bytes=model.bytes,
+        backend=facts["backend"],
+        emulated=facts["emulated"],
         answers=answers,
     )
 

@@ -194,9 +194,11 @@ def _pictures(question: Question) -> list[str]:
 
 
 def missing(subjects: Iterable[Subject]) -> list[Missing]:
-    """Questions that a subject could not be asked, and answers that were cut."""
+    """What was emulated, questions that a subject could not be asked, and answers that were cut."""
     found = []
     for subject in subjects:
+        if subject.emulated:
+            found.append(Missing(what=f"{subject.name}: the device's own arithmetic", why=subject.emulated))
         failed = [one for one in subject.answers if one.finish == "failed"]
         if failed:
             found.append(

@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from evals.answers import alternatives
 from evals.tasks import prompts
-from evals.tasks.harness_lmms import listed
-from evals.tasks.harness_vlmevalkit import accepted
 from evals.tasks.images import image_source
 from evals.tasks.question import Picture, Question, picture_sha256
 from evals.tasks.readers import Store, Tsv
@@ -90,7 +89,7 @@ def _tsv_question(
     if "choices" in row:  # MathVista
         choices, letters = listed(row["choices"]), LETTERS
     asked = prompts.Asked(row.get("question", ""), choices, row.get("hint", ""), row, letters)
-    references: tuple[str, ...] = tuple(accepted(answer))
+    references: tuple[str, ...] = tuple(alternatives(answer))
     if kind == "MMMU":
         letters = letters or LETTERS
         choices, references = _mmmu(choices, answer)
@@ -221,6 +220,15 @@ def options(record: Mapping[str, Any]) -> list[str]:
         if found:
             return [str(one) for one in found]
     return []
+
+
+def listed(value: Any) -> list[str]:
+    """Options or answers of a document: a list, a string that holds one, one value, or none."""
+    if isinstance(value, (list, tuple)):
+        return [
+            str(one["answer"]) if isinstance(one, dict) and "answer" in one else str(one) for one in value
+        ]
+    return [] if value is None else alternatives(str(value))
 
 
 def _text(value: Any) -> str:

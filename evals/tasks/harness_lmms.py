@@ -10,7 +10,6 @@ because none was chosen, nothing is read and the score is 0.
 
 from __future__ import annotations
 
-import ast
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -316,17 +315,3 @@ def _number(text: str, precision: int) -> str | None:
         return str(round(float(text), precision)) if precision else str(int(float(text)))
     except (ValueError, OverflowError):
         return None
-
-
-def listed(value: object) -> list[str]:
-    """Options or answers of a document: a list, or a string that holds one (MMMU's `options`)."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value) if value.strip().startswith("[") else [value]
-        except (ValueError, SyntaxError):
-            value = [value]
-    if isinstance(value, (list, tuple)):
-        return [
-            str(one["answer"]) if isinstance(one, dict) and "answer" in one else str(one) for one in value
-        ]
-    return [] if value is None else [str(value)]

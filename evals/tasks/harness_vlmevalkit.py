@@ -10,7 +10,6 @@ ours are stricter on empty and repetitive responses and read more phrasings.
 
 from __future__ import annotations
 
-import ast
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -60,19 +59,6 @@ def _option_text(response: str, options: Mapping[str, str]) -> str | None:
         return None
     inside = [letter for letter, text in options.items() if text.lower() in lower]
     return inside[0] if len(inside) == 1 else None
-
-
-def accepted(answer: str) -> list[str]:
-    """The references of a TSV's answer column: a Python list is that list."""
-    text = answer.strip()
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            found = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return [answer]
-        if isinstance(found, list):
-            return [str(one) for one in found]
-    return [answer]
 
 
 def relaxed(response: str, references: Sequence[str]) -> float:

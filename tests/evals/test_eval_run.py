@@ -313,6 +313,8 @@ def test_a_bundle_answers_as_its_checkpoint(
     assert [one.answer for one in checkpoint.answers] == [one.answer for one in bundle.answers]
     assert (checkpoint.kind, bundle.kind) == ("checkpoint", "bundle")
     assert (bundle.format, bundle.precision) == ("onnx", "fp32")
+    assert bundle.backend.startswith("onnxruntime ")
+    assert bundle.emulated == ""
     assert all(one.new_tokens == 4 and one.finish == "length" for one in bundle.answers)
     assert told_of == [(model.name, done, 3) for model in models for done in (1, 2, 3)]
     assert len(found.examples) == 2, "one a picture"

@@ -16,8 +16,7 @@ import pytest
 
 from evals.tasks import prompts, scoring
 from evals.tasks.catalogue import open_task
-from evals.tasks.harness_lmms import listed
-from evals.tasks.harness_vlmevalkit import accepted
+from evals.tasks.formats import listed
 from evals.tasks.question import Question
 from tests.evals.task_files import write_tsv
 
@@ -40,7 +39,7 @@ def question(row: dict[str, Any]) -> Question:
     if "references" in row:
         references = row["references"]
     elif row["rule"].startswith("vlmevalkit") and not options and "answer" in row:
-        references = accepted(row["answer"])
+        references = listed(row["answer"])
     else:
         references = [row.get("answer", own.get("answer"))]
     return Question(
