@@ -15,7 +15,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 
 from evals import scorers
-from evals.tasks.harness_vlmevalkit import MARKS, NUMBERS, contraction
+from evals.tasks import harness_vlmevalkit
 
 LETTERS = string.ascii_uppercase
 _ENDS = ",.!?;:'"
@@ -187,8 +187,6 @@ def chartqa(response: str, answer: str) -> bool:
 
 def anls(response: str, references: Sequence[str]) -> float:
     """DocVQA, InfoVQA: as VLMEvalKit's."""
-    from evals.tasks import harness_vlmevalkit
-
     return harness_vlmevalkit.anls(response, references)
 
 
@@ -200,21 +198,10 @@ def vqa(response: str, references: Sequence[str], *, tokenized: bool) -> float:
     return sum(min(1.0, (total - (one == given)) / 3) for one in wanted) / len(wanted)
 
 
-_PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_REMOVED = 32  # the harness passes re.UNICODE (32) where the count of replacements belongs
-
-
 def _vqa_normal(text: str, tokenized: bool) -> str:
     if tokenized:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    plain = text = text.replace("\n", " ").replace("\t", " ").strip()
-    glued = re.search(r"\d,+\d", text) is not None
-    for mark in MARKS:
-        touches = f"{mark} " in text or f" {mark}" in text
-        plain = plain.replace(mark, "" if glued or touches else " ")
-    plain = _PERIOD.sub("", plain, count=_PERIODS_REMOVED)
-    kept = [NUMBERS.get(word, word) for word in plain.lower().split()]
-    return " ".join(contraction(word) for word in kept if word not in ("a", "an", "the"))
+    return harness_vlmevalkit.vqa_normal(text, r"\.(?!\d)", r"\d,+\d")
 
 
 # MMMU's open questions
