@@ -94,6 +94,7 @@ def answers(session: Session, task: Task, tokens: int) -> Callable[[], One]:
 
 
 def _latency(task: Task) -> Outcome:
+    started = system.now()
     base, before = process_memory.peak_rss_mib(), system.moment()
     start = time.perf_counter()
     session = _open(task)
@@ -114,6 +115,7 @@ def _latency(task: Task) -> Outcome:
     gc.collect()
     warm = [_timed_open(task) for _ in range(WARM_LOADS)]  # last: a second bundle would raise the peak
     return Outcome(
+        started=started,
         prompt_tokens=found[0].stats.prompt_tokens,
         image_tokens=found[0].stats.image_tokens,
         state_bytes=state_bytes,

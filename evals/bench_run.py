@@ -9,7 +9,6 @@ bundle always comes first and a drift of the machine falls on all of them.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import os
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evals import bench_facts, bench_process, bench_summary, device, emulation
+from evals import bench_facts, bench_process, bench_summary, device, emulation, system
 from evals.bench_conditions import Bandwidth, DeviceSheet, Energy, Reason
 from evals.bench_facts import BundleFacts
 from evals.bench_grid import Asked
@@ -100,7 +99,6 @@ class _Runner:
             return
         several = f", {point}" if len(self.request.grid) > 1 else ""
         self.progress(f"{name}{several}, round {number + 1} of {self.request.policy.rounds}")
-        started = datetime.datetime.now(datetime.timezone.utc)
         try:
             outcome = self._outcome(self._task("latency", each, asked), each.facts.sha256, number)
         except PocketError as error:
@@ -111,7 +109,7 @@ class _Runner:
             Run(
                 round=number,
                 order=order,
-                started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                started=outcome.started,
                 load=outcome.load,
                 times=outcome.times,
                 memory=outcome.memory,
@@ -206,7 +204,7 @@ def _results(
     return bench_summary.complete(
         BenchResults(
             schema=SCHEMA,
-            created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=system.now(),
             tool=Tool(
                 name="pocketvlm bench", version=device.versions(["pocketvlm"]).get("pocketvlm", "source")
             ),

@@ -40,6 +40,7 @@ class Task(Record):
 class Outcome(Record):
     """What the process saw. `units`: part -> (what ran it, why not the preferred one)."""
 
+    started: str | None = Field(default=None, description="ISO 8601, UTC")
     prompt_tokens: Count = 0
     image_tokens: Count = 0
     state_bytes: Count | None = None

@@ -191,10 +191,13 @@ def _tegrastats(roots: Roots) -> Meter | None:
 
 
 def tegrastats(command: str) -> Meter | None:
-    """A gauge on the lines that the tool prints; None when its first line shows no rail."""
-    child = subprocess.Popen(
-        [command, "--interval", str(int(GAUGE_S * 1000))], stdout=subprocess.PIPE, text=True
-    )
+    """A gauge on the lines that the tool prints; None when it cannot be run or shows no rail."""
+    try:
+        child = subprocess.Popen(
+            [command, "--interval", str(int(GAUGE_S * 1000))], stdout=subprocess.PIPE, text=True
+        )
+    except OSError:
+        return None
     assert child.stdout is not None
     stream = child.stdout
     first = tegrastats_watt(stream.readline())

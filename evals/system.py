@@ -6,6 +6,7 @@ Not here: what kind of machine it is (`evals/device.py`), energy (`evals/energy.
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ def throttle_events(roots: Roots = HERE) -> int | None:
     counts = roots.sys.glob("devices/system/cpu/cpu*/thermal_throttle/*_throttle_count")
     found = [value for path in counts if (value := number(path)) is not None]
     return int(sum(found)) if found else None
+
+
+def now() -> str:
+    """ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(frozen=True)

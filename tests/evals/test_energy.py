@@ -111,6 +111,7 @@ def test_tegrastats_is_followed_and_ended(tmp_path: Path) -> None:
         pass
     assert meter.joule() > 0
     meter.close()
+    assert power.tegrastats(str(tmp_path / "absent")) is None
     tool.write_text("#!/bin/sh\necho RAM only\n")
     assert power.tegrastats(str(tool)) is None
 
@@ -170,6 +171,38 @@ def test_energy_of_an_answer_and_of_a_token() -> None:
     assert found.net_joule_per_answer == pytest.approx(4)
     assert found.watt == pytest.approx(6)
     assert found.millijoule_per_token == pytest.approx(1e3 * (6 - 4) / 10)
+
+
+def test_a_bundle_s_energy_through_the_measuring_process(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real answers; the meter takes each decoded token, which the session tells, for a joule."""
+    from evals import bench_child, bench_grid
+    from evals.bench_task import Task
+    from runtime.session import Session
+
+    device, decode = Physics(idle_watt=0.0), Session.decode
+
+    def counted(self: Session, token_id: int) -> object:
+        device.used += 1.0
+        return decode(self, token_id)
+
+    monkeypatch.setattr(Session, "decode", counted)
+    monkeypatch.setattr(power, "find", lambda: device)
+    image, question = bench_grid.subject(tiny_bundle, None, None)
+    found = bench_child.run(
+        Task(
+            kind="energy",
+            bundle=str(tiny_bundle),
+            image=str(image),
+            question=question,
+            threads=1,
+            decode_tokens=5,
+            seconds=0.2,
+        )
+    ).energy
+    assert found is not None and found.answers and device.closed
+    assert found.joule_per_answer == pytest.approx(5) and found.millijoule_per_token == pytest.approx(1000)
 
 
 def test_a_token_that_costs_nothing_has_no_figure() -> None:
