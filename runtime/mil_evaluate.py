@@ -24,6 +24,9 @@ from runtime.mil_wire import WireError
 
 States = dict[str, Array]
 
+_FAULTS = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+"""What numpy and a damaged program raise."""
+
 
 class Stored:
     """A constant of the program, expanded when it is needed."""
@@ -43,14 +46,16 @@ class Stored:
                 half = not isinstance(value, str) and value.dtype == np.float16
                 self._inline[name] = np.asarray(value, np.float32) if half else value
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._made
+    def _origin(self, name: str) -> tuple[Operation, int]:
+        if name not in self._made:
+            raise ValueError(f"nothing gives {name!r}")
+        return self._made[name]
 
     def packed(self, name: str) -> Array | str:
         """As it is stored; float16 of the weight file stays float16, what is compressed is made dense."""
         if name in self._inline:
             return self._inline[name]
-        operation, place = self._made[name]
+        operation, place = self._origin(name)
         if operation.type == "const":
             return self._constant(operation.attributes["val"])
         dtype = operation.outputs[place][1].dtype
@@ -60,7 +65,7 @@ class Stored:
         """Floats as float32."""
         if name in self._inline:
             return self._inline[name]
-        operation, place = self._made[name]
+        operation, place = self._origin(name)
         if operation.outputs[place][1].dtype != "float16":
             return self.packed(name)
         return self._store.get(("dense", self._key(name)), lambda: self._widened(operation, place, name))
@@ -83,7 +88,7 @@ class Stored:
 
     def _inner(self, name: str) -> Array | str:
         """What feeds another constexpr alone is not kept."""
-        operation, place = self._made[name]
+        operation, place = self._origin(name)
         if operation.type == "const":
             return self.packed(name)
         return self._expand(operation, place, operation.outputs[place][1].dtype)
@@ -94,7 +99,7 @@ class Stored:
     def _key(self, name: str) -> Hashable:
         """Equal for constants of the same bytes, so that functions that share weights share this."""
         if name not in self._keys:
-            self._keys[name] = self._new_key(*self._made[name])
+            self._keys[name] = self._new_key(*self._origin(name))
         return self._keys[name]
 
     def _new_key(self, operation: Operation, place: int) -> Hashable:
@@ -147,11 +152,10 @@ class Evaluator:
                 for name in _used(operation):
                     if self._last_use.get(name) == number:
                         values.pop(name, None)
-        found = {}
-        for name in self.function.outputs:
-            held = values[name] if name in values else self._stored.dense(name)
-            found[name] = np.array(held)
-        return found
+        try:
+            return {name: np.array(self._value(Ref(name), values, False)) for name in self.outputs}
+        except _FAULTS as error:
+            raise BundleError(f"{self._where}, outputs: {error}; re-export") from error
 
     def _step(self, number: int, operation: Operation, values: dict[str, Array], states: States) -> None:
         try:
@@ -162,7 +166,7 @@ class Evaluator:
                 values[name] = self._settled(result, kind, operation.type)
         except BundleError:
             raise
-        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+        except _FAULTS as error:
             where = f"{self._where}, {operation.type} {operation.name!r}"
             raise BundleError(f"{where}: {error}; re-export") from error
 
@@ -195,8 +199,6 @@ class Evaluator:
         if isinstance(argument, Ref):
             if argument.name in values:
                 return values[argument.name]
-            if argument.name not in self._stored:
-                raise ValueError(f"nothing gives {argument.name!r}")
             return self._stored.packed(argument.name) if packed else self._stored.dense(argument.name)
         if isinstance(argument, Blob):
             raise WireError("a weight stands where a name should")
@@ -295,11 +297,12 @@ def _written_back(steps: list[Operation]) -> dict[int, str]:
     since: dict[str, int] = {}  # state to the step that touched it last
     for number, operation in enumerate(steps):
         if operation.type == "slice_update":
-            pending[operation.outputs[0][0]] = number
+            pending.update({name: number for name, _ in operation.outputs})
         elif operation.type == "read_state":
             since[_only_ref(operation, "input")] = number
         elif operation.type == "write_state":
-            state, data = _only_ref(operation, "input"), operation.inputs["data"][0]
+            state = _only_ref(operation, "input")
+            data = next(iter(operation.inputs.get("data", ())), None)
             update = pending.get(data.name) if isinstance(data, Ref) else None
             if update is not None and since.get(state, -1) < update:
                 found[update] = state

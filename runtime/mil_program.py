@@ -42,7 +42,7 @@ DTYPES = {
 SUB_BYTE_BITS = {"int4": 4, "uint4": 4, "uint2": 2, "uint1": 1, "uint6": 6, "uint3": 3}
 """Types that are stored packed; one value takes a whole int8 or uint8 here."""
 
-_MAX_DEPTH = 32  # of types and values inside of each other
+_MAX_DEPTH = 32  # of types inside of each other
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class WeightFiles:
                 raise WireError(f"{file}: leads out of the package")
             path = self._directory / pure
             try:
-                self._open[file] = np.memmap(path, dtype=np.uint8, mode="r")
+                self._open[file] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
             except (OSError, ValueError) as error:
                 raise WireError(f"{file}: cannot be read ({error})") from error
         return self._open[file]

@@ -302,6 +302,33 @@ def test_an_operation_that_fails_is_named(tmp_path: Path, operation: bytes, word
     assert text.startswith("one.mlpackage: function main, ") and words in text
 
 
+def test_a_constant_that_makes_itself_is_refused(tmp_path: Path) -> None:
+    kind = write.immediate("fp16", "string")
+    loop = write.operation("constexpr_cast", {"source_val": "w", "output_dtype": kind}, {"w": ROWS})
+    body = write.function({"x": ROWS}, [loop, write.operation("relu", {"x": "w"}, {"y": ROWS})], ["y"])
+    program = Program.open(write.package(tmp_path / "p.mlpackage", write.model({"main": body})))
+    assert "recursion" in refusal(lambda: program.run({"x": np.ones((2, 4), np.float16)}))
+
+
+@pytest.mark.parametrize("inputs", [{}, {"input": "s"}, {"data": "x"}, {"input": "s", "data": []}])
+def test_a_write_without_state_or_value_is_refused(tmp_path: Path, inputs: dict[str, Any]) -> None:
+    steps = [write.operation("write_state", inputs, {}), write.operation("relu", {"x": "x"}, {"y": ROWS})]
+    body = write.function({"x": ROWS}, steps, ["y"], states={"s": ROWS})
+    path = write.package(tmp_path / "p.mlpackage", write.model({"main": body}))
+
+    def run() -> None:
+        program = Program.open(path)
+        program.run({"x": np.ones((2, 4), np.float16)}, state=program.new_state())
+
+    assert "write_state" in refusal(run)
+
+
+def test_a_constant_may_be_an_output(tmp_path: Path) -> None:
+    body = write.function({}, [write.number("y", [1, 2])], ["y"])
+    program = Program.open(write.package(tmp_path / "p.mlpackage", write.model({"main": body})))
+    np.testing.assert_array_equal(program.run({})["y"], [1, 2])
+
+
 def test_an_output_that_nothing_gives_is_refused(tmp_path: Path) -> None:
     body = write.function({"x": ROWS}, [], ["y"])
     path = write.package(tmp_path / "p.mlpackage", write.model({"main": body}))
