@@ -51,6 +51,8 @@ def _figures(one: Candidate) -> dict[str, str]:
 def _share(equal: int, compared: int, every: int) -> str:
     if every == 0:
         return "no picture"
+    if compared == 0:
+        return "not compared"
     if compared < every:
         return f"{equal} of {compared}, {every - compared} not compared"
     return "all" if equal == every else f"{equal} of {every}"
