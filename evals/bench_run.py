@@ -61,28 +61,30 @@ class _Measured:
 def run(request: Request, kept: Path | None = None, progress: Progress | None = None) -> BenchResults:
     """Measure. `kept`: a directory for what single processes found; the same request then goes on from it.
 
-    A bundle that fails at some grid points has them in `missing`; one that fails at all of them raises the
-    first of these errors. Raises PocketError, InputError.
+    A bundle that fails at some grid points has them in `missing`; one that fails at all of them in the first
+    round raises the first of these errors. Raises PocketError, InputError.
     """
     if not request.grid:
         raise InputError("bench: the grid is empty")
     found = [_Measured(facts) for facts in bench_facts.read(request.bundles)]
     runner = _Runner(request, bench_process.Kept(kept), progress or (lambda step: None))
-    before = runner.bandwidth("before")
+    before = runner.bandwidth()
+    for each in () if request.drop_cache else found:
+        fill_page_cache(each.facts.path)
     order = 0
     for number in range(request.policy.rounds):
         for asked in request.grid:
             for each in _turn(found, number):
                 runner.latency(each, asked, number, order)
                 order += 1
-    for each in found:
-        if not each.runs:
-            raise PocketError(each.missing[0].why)
+        for each in found:
+            if not each.runs:
+                raise PocketError(each.missing[0].why)
     emulated = emulation.emulated_why()
     evaluated = _evaluated(found)
     for each in found if not (emulated or evaluated) else ():
         runner.extras(each, request.grid[0])
-    results = _results(request, found, [*before, *runner.bandwidth("after")], emulated, evaluated)
+    results = _results(request, found, [*before, *runner.bandwidth()], emulated, evaluated)
     runner.kept.clear()
     return results
 
@@ -92,6 +94,7 @@ class _Runner:
 
     def __init__(self, request: Request, kept: bench_process.Kept, progress: Progress) -> None:
         self.request, self.kept, self.progress = request, kept, progress
+        self._versions = device.versions(device.RUNTIMES)
 
     def latency(self, each: _Measured, asked: Asked, number: int, order: int) -> None:
         name, point = each.facts.name, asked.point.id
@@ -131,7 +134,7 @@ class _Runner:
             except PocketError as error:
                 each.missing.append(Reason(what=kind, why=str(error)))
 
-    def bandwidth(self, when: str) -> list[Bandwidth]:
+    def bandwidth(self) -> list[Bandwidth]:
         if not self.request.bandwidth_s:
             return []
         self.progress("memory bandwidth")
@@ -159,11 +162,12 @@ class _Runner:
         )
 
     def _outcome(self, task: Task, sha256: str, number: int) -> Outcome:
-        """`sha256`: the bundle's, so that a changed bundle is measured anew."""
+        """`sha256`: the bundle's, so that a changed bundle (or another runtime) is measured anew."""
         image = None if task.image is None else hashlib.sha256(Path(task.image).read_bytes()).hexdigest()
         stable = task.model_copy(update={"bundle": sha256, "image": image}).model_dump_json()
         name = task.bundle or ""
-        key = hashlib.sha256(f"{stable} {number} {Path(name).resolve()}".encode()).hexdigest()
+        facts = f"{stable} {number} {Path(name).resolve()} {self._versions}"
+        key = hashlib.sha256(facts.encode()).hexdigest()
         if (known := self.kept.get(key)) is not None:
             return known
         time.sleep(self.request.policy.rest_s)
@@ -172,6 +176,14 @@ class _Runner:
         outcome = bench_process.run(task)
         self.kept.put(key, outcome)
         return outcome
+
+
+def fill_page_cache(bundle: Path) -> None:
+    """Read every file once, so that the first load does as little reading as the later ones."""
+    for file in sorted(path for path in bundle.rglob("*") if path.is_file()):
+        with file.open("rb") as stream:
+            while stream.read(1 << 20):
+                pass
 
 
 def drop_page_cache(bundle: Path) -> None:
