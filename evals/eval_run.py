@@ -12,7 +12,6 @@ changed is asked again. Scores are not kept but computed, so that another scorer
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from evals.tasks import scoring
 from evals.tasks.question import Question, Task, given, image_hashes, picture_sha256
 from runtime import files
 from runtime.errors import InputError
+from runtime.installation import installed, program_version
 
 CHUNK = 64
 """Questions in a shard: what a kill can lose."""
@@ -293,10 +293,10 @@ def _results(
     bare = EvalResults(
         schema=eval_results.SCHEMA,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        version=_version("pocketvlm") or "source",
+        version=program_version(),
         command=command,
         seconds=time.monotonic() - start,
-        packages={name: version for name in PACKAGES if (version := _version(name))},
+        packages={name: version for name in PACKAGES if (version := installed(name))},
         task=info,
         variants=list(variants),
         questions=questions,
@@ -325,10 +325,3 @@ def _question(one: Question) -> eval_results.Question:
         category=one.category,
         images=image_hashes(one),
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

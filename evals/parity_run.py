@@ -12,7 +12,6 @@ depend on.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import itertools
 import shutil
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from evals.subjects import Model
 from evals.tasks.question import Task
 from runtime import files
 from runtime.errors import InputError, PocketError
+from runtime.installation import installed, program_version
 from runtime.providers import EVALUATOR
 
 ROWS_VERSION = 1
@@ -81,9 +81,9 @@ def run(
         results = ParityResults(
             schema=parity_results.SCHEMA,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            version=_version("pocketvlm") or "source",
+            version=program_version(),
             command=command,
-            packages={name: version for name in PACKAGES if (version := _version(name))},
+            packages={name: version for name in PACKAGES if (version := installed(name))},
             reference=_reference(reference, backend),
             asked=Asked(
                 source=f"{task.name}, {task.split}",
@@ -225,12 +225,12 @@ class _Work:
 def backend_of(session: Any, model: Model) -> str:
     """Library, version and execution providers that run a session, as one text."""
     if not model.is_bundle:
-        return f"transformers {_version('transformers')}, torch {_version('torch')}, CPU float32"
+        return f"transformers {installed('transformers')}, torch {installed('torch')}, CPU float32"
     used = [report.name for report in session.providers if report.used]
     if EVALUATOR in used:
-        return f"pocketvlm's evaluator, numpy {_version('numpy')}"
+        return f"pocketvlm's evaluator, numpy {installed('numpy')}"
     library = {"onnx": "onnxruntime", "gguf": "llama-cpp-python", "coreml": "coremltools"}[model.format]
-    return ", ".join([f"{library} {_version(library)}", *used])
+    return ", ".join([f"{library} {installed(library)}", *used])
 
 
 def emulated_why(session: Any) -> str:
@@ -279,10 +279,3 @@ def _missing(found: Sequence[Candidate], options: Settings) -> list[Missing]:
     if not options.labels:
         rows.append(Missing(what="perplexity of the labels", why="only the reference's answers were forced"))
     return rows
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

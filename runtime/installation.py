@@ -56,3 +56,8 @@ def _extra(name: str, packages: tuple[str, ...]) -> dict[str, Any]:
         "complete": None not in versions.values(),
         "install": f"pip install 'pocketvlm[{name}]'",
     }
+
+
+def program_version() -> str:
+    """Of pocketvlm itself; "source" where it runs without being installed."""
+    return installed("pocketvlm") or "source"

@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from evals import formatting as fmt
 from evals import paired
 from evals.paired import Paired
 from runtime import files
+from runtime.installation import program_version
 
 REPORT, PAGE, DATA, MARKDOWN = "report", "index.html", "results.json", "ablation.md"
 LABELS_ARM = "labels alone (SFT)"
@@ -114,7 +114,7 @@ def collect(place: Place, wanted: Needed) -> Results:
     return Results(
         name=place.plan.name,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        version=_version(),
+        version=program_version(),
         questions=int(first["count"]),
         baselines=_baselines(place, max(wanted.seeds.values())),
         arms=arms,
@@ -177,13 +177,6 @@ def _rates(place: Place) -> dict[str, list[tuple[float, float]]]:
         result = files.read_json(path)
         found.setdefault(result["arm"], []).append((result["rate"], result["validation"]))
     return {name: sorted(tried) for name, tried in found.items()}
-
-
-def _version() -> str:
-    try:
-        return version("pocketvlm")
-    except PackageNotFoundError:
-        return "source"
 
 
 # --- words ------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from evals.results import (
 )  # fmt: skip
 from runtime import files
 from runtime.files import Ledger
+from runtime.installation import program_version
 
 WARMUP = "warmup"
 METHODS = {
@@ -97,7 +97,7 @@ def collect(out: Path, plan: Recipe, *, command: str, smoke: bool, resumed: set[
     return Results(
         run=Run(
             name=plan.name,
-            version=_version(),
+            version=program_version(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seed=plan.seed,
             smoke=smoke,
@@ -136,13 +136,6 @@ def collect(out: Path, plan: Recipe, *, command: str, smoke: bool, resumed: set[
             "Timings are from a computer that may be shared; compare the ratios, which are interleaved.",
         ],
     )
-
-
-def _version() -> str:
-    try:
-        return version("pocketvlm")
-    except PackageNotFoundError:
-        return "source"
 
 
 def _tests(out: Path) -> dict[str, AccuracyResult]:
