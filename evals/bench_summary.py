@@ -93,7 +93,7 @@ def ratio(reference: Sequence[Run], candidate: Sequence[Run], metric: str) -> tu
     if len(logs) < 2:
         return (math.exp(centre),)
     half = paired.t_quantile(0.975, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    return tuple(math.exp(value) for value in (centre, centre - half, centre + half))
+    return tuple(_exp(value) for value in (centre, centre - half, centre + half))
 
 
 def ratios(bundles: Sequence[BundleResult]) -> list[BenchRatio]:
@@ -178,7 +178,12 @@ def _interval(medians: Sequence[float]) -> tuple[float | None, float | None]:
         return None, None
     logs = np.log(medians)
     half = paired.t_quantile(0.975, len(logs) - 1) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    return math.exp(float(logs.mean()) - half), math.exp(float(logs.mean()) + half)
+    return _exp(float(logs.mean()) - half), _exp(float(logs.mean()) + half)
+
+
+def _exp(value: float) -> float:
+    """Finite: two processes that have nothing in common give an interval from nothing to everything."""
+    return math.exp(max(-700.0, min(700.0, value)))
 
 
 def _positions(runs: Sequence[Run], prompt_tokens: int) -> list[Position]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from evals.accuracy import AccuracyResult, Item, Prediction
+from evals.bench_facts import mean_bits
 from evals.latency import Measured
 from evals.results import Agreement, Bundle, Example, ExampleAnswer, Parity, Part, Score
 from runtime import bundle as bundles
@@ -49,7 +50,7 @@ def bundle_record(
         bytes=sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()),
         parts=[
             Part(
-                name=part.role, bits=_mean_bits([(b.bits, b.parameters) for b in part.bits]), bytes=part.bytes
+                name=part.role, bits=mean_bits([(b.bits, b.parameters) for b in part.bits]), bytes=part.bytes
             )
             for part in manifest.parts
         ],
@@ -103,8 +104,3 @@ def _example(item: Item, rows: Mapping[str, Prediction]) -> Example:
         reference=item.answer,
         answers=[ExampleAnswer(by=name, text=row.text, right=row.right) for name, row in rows.items()],
     )
-
-
-def _mean_bits(groups: Sequence[tuple[int, int]]) -> float:
-    total = sum(parameters for _, parameters in groups)
-    return sum(bits * parameters for bits, parameters in groups) / total if total else 0.0

@@ -66,6 +66,13 @@ def test_what_the_machine_did_in_a_round_falls_out_of_a_ratio() -> None:
     assert bench_summary.ratio(old, new, "ttft_ms") == pytest.approx((1.1, 1.1, 1.1))
 
 
+def test_an_interval_that_says_nothing_is_finite() -> None:
+    found = bench_summary.ratio(runs([1e-9], [1.0]), runs([1e9], [1e-9]), "ttft_ms")
+    assert found is not None and all(math.isfinite(value) for value in found)
+    spread = bench_summary.spread([[1e-12], [1e12]])
+    assert spread is not None and spread.high is not None and math.isfinite(spread.high)
+
+
 def test_ratios_without_two_sides_are_left_out() -> None:
     assert bench_summary.ratio(runs([1.0]), runs([2.0]), "ttft_ms") == (2.0,)
     assert bench_summary.ratio(runs([1.0]), runs([]), "ttft_ms") is None
