@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -154,13 +155,15 @@ def _ns(values_ms: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(value, 6) for value in values_ms)
 
 
-def _harness_share(found: list[One], decode_tokens: int, readings: int = 20_000) -> float:
+def _harness_share(found: list[One], decode_tokens: int, readings: int = 1000, batches: int = 21) -> float:
     """Time that reading the clock took, over the time of the answers. Nothing else is done while timing."""
-    start = time.perf_counter()
-    for _ in range(readings):
-        time.perf_counter()
-    reading_ms = _since(start) / readings
-    per_answer = (CLOCK_READINGS + 2 * decode_tokens) * reading_ms
+    batch_ms = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(readings):
+            time.perf_counter()
+        batch_ms.append(_since(start))
+    per_answer = (CLOCK_READINGS + 2 * decode_tokens) * statistics.median(batch_ms) / readings
     return per_answer * len(found) / sum(one.end_to_end_ms for one in found)
 
 
