@@ -252,9 +252,9 @@ def test_no_usable_python(ssh: Ssh, tmp_path: Path, facts: dict[str, Any] | None
 @needs_sshd
 def test_the_first_usable_python_is_taken(ssh: Ssh, tmp_path: Path) -> None:
     old = fake_python(tmp_path, described(version=[3, 9, 1]), "python3.9")
-    good = fake_python(tmp_path, described("/opt/py", version=[3, 10, 12]), "python3.10")
+    good = fake_python(tmp_path, described("/usr/py", version=[3, 10, 12]), "python3.10")
     found = remote_setup.interpreter(ssh, ("/nowhere/python", old, good))
-    assert (found.path, found.version) == ("/opt/py", (3, 10, 12))
+    assert (found.path, found.version) == ("/usr/py", (3, 10, 12))
 
 
 @needs_sshd
