@@ -59,11 +59,14 @@ def number(value: int | memoryview) -> int:
 
 
 def text(value: int | memoryview) -> str:
-    """The UTF-8 text of a field."""
+    """The UTF-8 text of a field, which must fit into one line: names and modes are all that is read."""
     try:
-        return str(view(value), "utf-8")
+        found = str(view(value), "utf-8")
     except UnicodeDecodeError as error:
         raise WireError(f"a text is no UTF-8 ({error.reason})") from None
+    if not found.isprintable():
+        raise WireError("a text has control characters")
+    return found
 
 
 def signed(value: int) -> int:
