@@ -5,18 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from evals import bench_results, eval_results, parity_results, stats
 from evals.bench_results import BenchResults
-from evals.eval_results import ORIGINAL, EvalResults
+from evals.eval_results import ORIGINAL, EvalResults, TaskInfo
 from evals.parity_results import ParityResults
+from evals.ship_evidence import Answered, BundleFacts, DeviceSeen, Evidence, SubjectSeen, Task
+from evals.ship_timing import timing_of
 
+Rights: TypeAlias = "np.ndarray[Any, Any]"
 CREATED = "2026-11-22T09:00:00+00:00"
 STAGES = {"preprocess_ms": 2.0, "encode_ms": 30.0, "prefill_ms": 40.0}
 BUNDLES = {"student-fp32": 1.0, "student-int8": 0.7, "student-int4": 0.6}
@@ -283,6 +286,50 @@ def _numerics(kl: float) -> dict[str, Any]:
         "top1_agreement": _estimate(0.99, 0.008), "top1_differ": 2, "near_ties": 1,
         "perplexity_reference": 1.8, "perplexity": 1.81, "perplexity_ratio": _estimate(1.005, 0.004),
     }  # fmt: skip
+
+
+# --- evidence without files, for many trials --------------------------
+
+
+def asked(rights: dict[str, Rights]) -> Evidence:
+    """Evidence of one task, without files, for many trials."""
+    n = len(next(iter(rights.values())))
+    info = evaluation(n=2).task.model_dump() | {"questions": n, "available": n, "groups": n}
+    task = Task(
+        info=TaskInfo.model_validate(info),
+        variants=(),
+        units=tuple(map(str, range(n))),
+        groups=tuple(range(n)),
+        subjects=tuple(
+            SubjectSeen(name=name, kind="bundle", format="onnx", precision="int8") for name in rights
+        ),
+        answered=tuple(
+            Answered(subject=name, variant="original", scores=tuple(right.astype(float).tolist()))
+            for name, right in rights.items()
+        ),
+        summaries=(),
+    )
+    return Evidence(tasks=(task,), bundles=_facts(rights))
+
+
+def _facts(names: Iterable[str]) -> tuple[BundleFacts, ...]:
+    return tuple(BundleFacts(name=name, format="onnx", precision="int8") for name in names)
+
+
+def timed(seed: int, *, processes: int = 10, **slower: float) -> Evidence:
+    """Evidence of two bundles' timings, without files: processes that scatter by 2 %."""
+    times = {"fp32": 1.0, "int8": 0.7} | {name: 0.7 * factor for name, factor in slower.items()}
+    found = bench(bundles=times, processes=processes, repeats=6, seed=seed)
+    device = DeviceSeen(sheet=found.device, origin=found.source, created=found.created, tool="none")
+    timings = [timing_of(found, one, one.points[0], one.name) for one in found.bundles]
+    return Evidence(bundles=_facts(times), devices=(device,), timings=tuple(timings))
+
+
+def flipped(draw: np.random.Generator, right: Rights, loss: float, discordant: float = 0.05) -> Rights:
+    """`discordant` of all questions change sides, `loss` more to wrong than to right."""
+    luck, share = draw.random(len(right)), float(right.mean())
+    down, up = (discordant + loss) / 2 / share, (discordant - loss) / 2 / (1 - share)
+    return np.where(right, luck >= down, luck < up)
 
 
 # --- files ------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 
 from evals import ship_compare, ship_compare_page, ship_compare_results, ship_load, ship_markdown
-from evals.eval_results import TaskInfo
 from evals.ship_compare_results import Comparison
-from evals.ship_evidence import Answered, BundleFacts, DeviceSeen, Evidence, SubjectSeen, Task
+from evals.ship_evidence import Evidence
 from evals.ship_gate import CompareRules, Tolerance
-from evals.ship_timing import timing_of
 from runtime.errors import InputError
 from tests.evals import ship_data as data
 
@@ -180,59 +177,16 @@ def test_too_few_processes_are_told(old: Evidence, tmp_path: Path) -> None:
 # --- how often it is right --------------------------------------------
 
 
-def _asked(rights: dict[str, np.ndarray]) -> Evidence:
-    """Evidence of one task, without files, for many trials."""
-    n = len(next(iter(rights.values())))
-    info = data.evaluation(n=2).task.model_dump() | {"questions": n, "available": n, "groups": n}
-    task = Task(
-        info=TaskInfo.model_validate(info),
-        variants=(),
-        units=tuple(map(str, range(n))),
-        groups=tuple(range(n)),
-        subjects=tuple(
-            SubjectSeen(name=name, kind="bundle", format="onnx", precision="int8") for name in rights
-        ),
-        answered=tuple(
-            Answered(subject=name, variant="original", scores=tuple(right.astype(float).tolist()))
-            for name, right in rights.items()
-        ),
-        summaries=(),
-    )
-    return Evidence(tasks=(task,), bundles=_facts(rights))
-
-
-def _facts(names: Iterable[str]) -> tuple[BundleFacts, ...]:
-    return tuple(BundleFacts(name=name, format="onnx", precision="int8") for name in names)
-
-
-def _timed(seed: int, **slower: float) -> Evidence:
-    """Evidence of two bundles' timings, without files: ten processes that scatter by 2 %."""
-    times = {"fp32": 1.0, "int8": 0.7} | {name: 0.7 * factor for name, factor in slower.items()}
-    bench = data.bench(bundles=times, repeats=6, seed=seed)
-    device = DeviceSeen(sheet=bench.device, origin=bench.source, created=bench.created, tool="none")
-    timings = [timing_of(bench, one, one.points[0], one.name) for one in bench.bundles]
-    return Evidence(bundles=_facts(times), devices=(device,), timings=tuple(timings))
-
-
-def _flipped(
-    draw: np.random.Generator, right: np.ndarray, loss: float, discordant: float = 0.05
-) -> np.ndarray:
-    """`discordant` of all questions change sides, `loss` more to wrong than to right."""
-    luck, share = draw.random(len(right)), float(right.mean())
-    down, up = (discordant + loss) / 2 / share, (discordant - loss) / 2 / (1 - share)
-    return np.where(right, luck >= down, luck < up)
-
-
 def test_one_point_in_ten_thousand_questions_is_found_among_twelve_bundles() -> None:
     draw = np.random.default_rng(11)
     right = draw.random(10_000) < 0.9
     names = [f"bundle-{i}" for i in range(12)]
-    old = _asked(dict.fromkeys(names, right))
+    old = data.asked(dict.fromkeys(names, right))
     hits, trials = 0, 20
     for trial in range(trials):
         hurt = names[trial % 12]
-        after = {name: _flipped(draw, right, 0.01) if name == hurt else right for name in names}
-        found = ship_compare.compare(old, _asked(after))
+        after = {name: data.flipped(draw, right, 0.01) if name == hurt else right for name in names}
+        found = ship_compare.compare(old, data.asked(after))
         worse = [one.bundle for one in found.tests if one.finding == "worse"]
         assert set(worse) <= {hurt}
         hits += bool(worse)
@@ -245,14 +199,11 @@ def test_a_null_change_is_flagged_in_at_most_five_of_a_hundred() -> None:
     right = draw.random(2_000) < 0.9
     flagged = 0
     for trial in range(100):
-        sides = [
-            _timed(1000 + 2 * trial + side).model_copy(
-                update={
-                    "tasks": _asked({x: _flipped(draw, right, 0.0, 0.025) for x in ("fp32", "int8")}).tasks
-                }
-            )
-            for side in range(2)
-        ]
+        sides = []
+        for side in range(2):
+            rights = {name: data.flipped(draw, right, 0.0, 0.025) for name in ("fp32", "int8")}
+            timed = data.timed(1000 + 2 * trial + side)
+            sides.append(timed.model_copy(update={"tasks": data.asked(rights).tasks}))
         found = ship_compare.compare(*sides)
         assert {one.family for one in found.families} == {"accuracy", "speed"}
         flagged += found.regressed
@@ -263,7 +214,7 @@ def test_five_percent_slower_is_found() -> None:
     """One bundle of two, 5 % slower in everything."""
     hits, trials = 0, 50
     for trial in range(trials):
-        found = ship_compare.compare(_timed(5000 + 2 * trial), _timed(5001 + 2 * trial, int8=1.05))
+        found = ship_compare.compare(data.timed(5000 + 2 * trial), data.timed(5001 + 2 * trial, int8=1.05))
         hits += any(one.finding == "worse" and one.bundle == "int8" for one in found.tests)
     assert hits >= 0.9 * trials
 
