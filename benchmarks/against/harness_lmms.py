@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.against.harness_responses import (
+    LETTERED,
     WORDS,
     Row,
     case,
@@ -42,9 +43,9 @@ def lmms_letters(draw: random.Random) -> Iterator[Row]:
         "lmms.blink": lambda doc, text: float(blink_process_results(doc, [text])["blink_acc"]["is_correct"]),
     }
     for rule, scorer in scorers.items():
-        for _ in range(90):
+        for template in LETTERED * 2:
             options = some_options(draw)
-            answer, response = draw.choice(list(options)), lettered(draw, options)
+            answer, response = draw.choice(list(options)), lettered(draw, options, template)
             if rule == "lmms.realworldqa" and draw.random() < 0.3:
                 answer, response = (
                     draw.choice(("0", "Downhill", "Yes")),
@@ -65,9 +66,9 @@ def lmms_mmbench(draw: random.Random) -> Iterator[Row]:
     from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
 
     judge = MMBench_Evaluator()
-    for _ in range(110):
+    for template in LETTERED * 4:
         options = some_options(draw)
-        answer, response = draw.choice(list(options)), lettered(draw, options)
+        answer, response = draw.choice(list(options)), lettered(draw, options, template)
         row = {"index": 0, "question": "q", **dict.fromkeys("ABCD"), **options, "prediction": response}
         hit = judge.eval_sub_data(pd.DataFrame([row]), {0: answer}, static_only=True)
         yield case("lmms.mmbench", options, answer, response, hit)
@@ -87,7 +88,8 @@ def lmms_mmmu(draw: random.Random) -> Iterator[Row]:
             response = draw.choice(
                 ("{}", "The answer is {}.", "so we get {}", "x = {}", "It could be {} or 7\nfinal: {}",
                  "{} apples",
-                 "result {}", "answer ", "is ", "= {}", "about {}00")
+                 "result {}", "answer ", "is ", "= {}", "about {}00",
+                 "so {} is 7", "so 7 is {}", "1000", "1000.0")
             ).format(draw.choice((answer, short(draw))), answer)  # fmt: skip
         doc = {
             "id": "validation_Math_1", "question_type": "multiple-choice" if options else "open",
@@ -142,7 +144,7 @@ def lmms_mathvista(draw: random.Random) -> Iterator[Row]:
     judge = utils.mathvista_evaluator
     judge.create_test_prompt = lambda demo, query, response: response
     judge.get_chat_response = lambda prompt, **options: prompt
-    for _ in range(90):
+    for _ in range(150):
         kind = draw.choice(("multi_choice", "integer", "float", "list"))
         options = some_options(draw) if kind == "multi_choice" else {}
         doc = {

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 from benchmarks.against.harness_responses import (
+    LETTERED,
     WORDS,
     Row,
     case,
@@ -21,9 +22,9 @@ def vlm_mcq(draw: random.Random) -> Iterator[Row]:
     import pandas as pd
     from vlmeval.dataset.utils.multiple_choice import eval_vanilla
 
-    for _ in range(240):
+    for template in LETTERED * 4:
         options = some_options(draw)
-        answer, response = draw.choice(list(options)), lettered(draw, options)
+        answer, response = draw.choice(list(options)), lettered(draw, options, template)
         item = pd.Series({"index": 1, "question": "what?", **options, "prediction": response, "GT": answer})
         yield case("vlmevalkit.mcq", options, answer, response, eval_vanilla(None, item)["hit"])
 
@@ -62,7 +63,7 @@ def vlm_mmmu(draw: random.Random) -> Iterator[Row]:
     from vlmeval.dataset.utils.multiple_choice import mcq_vanilla_eval
 
     rows = []
-    for index in range(60):
+    for index in range(200):
         options = some_options(draw) if draw.random() < 0.7 else {}
         answer = draw.choice(list(options)) if options else draw.choice(WORDS)
         response = lettered(draw, options or {"A": answer, "B": "Other Answers"})
