@@ -25,9 +25,9 @@ from evals.parity_results import Asked, Candidate, Forced, Numerics, ParityResul
 from evals.parity_side import Kept, Row, Seen, hold, keep
 from evals.results import Missing
 from evals.subjects import Model
-from evals.tasks.question import Task
+from evals.tasks.question import Question, Task
 from runtime import files
-from runtime.errors import InputError, PocketError
+from runtime.errors import BundleError, InputError, PocketError
 from runtime.installation import installed, program_version
 from runtime.providers import EVALUATOR
 
@@ -83,7 +83,7 @@ def run(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             version=program_version(),
             command=command,
-            packages={name: version for name in PACKAGES if (version := installed(name))},
+            packages=_packages(),
             reference=_reference(reference, backend),
             asked=Asked(
                 source=f"{task.name}, {task.split}",
@@ -119,9 +119,8 @@ class _Work:
     def __init__(
         self, out: Path, reference: Model, task: Task, options: Settings, progress: Progress | None
     ) -> None:
-        key = files.sha256_json(
-            [ROWS_VERSION, reference.sha256, task.sha256, options.max_tokens, options.labels]
-        )
+        asked = [task.sha256, options.max_tokens, options.labels]
+        key = files.sha256_json([ROWS_VERSION, reference.sha256, *asked, _packages()])
         self.root = out.parent / f"{out.stem}.work"
         self.here = self.root / key[:16]
         self.reference, self.task, self.options, self.progress = reference, task, options, progress
@@ -177,11 +176,8 @@ class _Work:
             facts = {"backend": backend_of(session, model), "emulated": emulated_why(session)}
             files.write_json(told, facts)
             for done, number in enumerate(lacking, 1):
-                question = self.task.questions[number]
-                try:
-                    row = hold(seen, question, Kept.read(self._kept(number)), self.kept)
-                except InputError as error:
-                    raise InputError(f"question {question.id}: {error}") from error
+                kept = Kept.read(self._kept(number))
+                row = _held(seen, self.task.questions[number], kept, self.kept)
                 files.write_shard(self._row(model, number), [row])
                 self._tell(model.name, done, len(lacking))
         gc.collect()
@@ -220,6 +216,17 @@ class _Work:
 
     def _row(self, model: Model, number: int) -> Path:
         return self.here / model.sha256[:16] / f"{number:06d}.jsonl"
+
+
+def _held(seen: Seen, question: Question, kept: Kept, pictures: Path) -> Row:
+    """The row of a case. Every backend has errors of its own: whatever it raises, this model cannot go on."""
+    try:
+        return hold(seen, question, kept, pictures)
+    except PocketError as error:
+        raise InputError(f"question {question.id}: {error}") from error
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BundleError(f"question {question.id}: {type(error).__name__}: {first}") from error
 
 
 def backend_of(session: Any, model: Model) -> str:
@@ -266,6 +273,11 @@ def _candidate(model: Model, reference: Model, facts: dict[str, str], **figures:
         emulated_reason=reason,
         **figures,
     )
+
+
+def _packages() -> dict[str, str]:
+    """What computes, with its version: rows of another version are not taken."""
+    return {name: version for name in PACKAGES if (version := installed(name))}
 
 
 def _missing(found: Sequence[Candidate], options: Settings) -> list[Missing]:

@@ -11,6 +11,7 @@ writes it. Every side uses its own pixels, ids and features, as in use.
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from evals.parity_pixels import Pixels, diff, pixels_of, with_pixels
 from evals.tasks.question import Question, given, image_hashes
 from runtime import files
 from runtime.answer import Turn
-from runtime.errors import InputError
+from runtime.errors import InputError, StateError
 
 Floats = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
@@ -66,6 +67,14 @@ class Kept:
 
     @classmethod
     def read(cls, path: Path) -> Kept:
+        """Raises StateError when the file is damaged."""
+        try:
+            return cls._read(path)
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise StateError(f"{path}: cannot be read ({error}); delete it and run again") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> Kept:
         with np.load(path, allow_pickle=False) as found:
             forced = {key[7:]: found[key] for key in found.files if key.startswith("forced:")}
             logits = {name: found.get(f"logits:{name}") for name in forced}

@@ -21,7 +21,7 @@ from PIL import Image
 from evals import parity_results, parity_run, parity_table, subjects
 from evals.parity_results import ParityResults
 from evals.parity_run import Settings
-from evals.parity_side import label_ids
+from evals.parity_side import Kept, label_ids
 from evals.tasks.question import Question, Task
 from evals.torch_session import TorchSession
 from runtime import bundle as bundles
@@ -285,6 +285,30 @@ def _made(work: Path) -> int:
         for path in work.rglob(pattern)
         if len(path.stem) == 6
     )
+
+
+def test_what_a_backend_raises_is_the_model_s_error(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.session import Session
+
+    class Fail(Exception):
+        """As onnxruntime's, of no class that could be known here."""
+
+    def decode(self: Session, token_id: int) -> None:
+        raise Fail("[ONNXRuntimeError] : 1 : FAIL\nmore lines")
+
+    monkeypatch.setattr(Session, "decode", decode)
+    models = subjects.describe_all([tiny_checkpoint, tiny_bundle])
+    done = parity_run.run(models[0], models[1:], task.limited(1), tmp_path / "parity.json", settings=FAST)
+    assert done.candidates[0].error == "question 0-0: Fail: [ONNXRuntimeError] : 1 : FAIL"
+
+
+def test_a_damaged_file_of_the_reference_is_named(tmp_path: Path) -> None:
+    for content in (b"", b"PK", b"nonsense" * 9):
+        (tmp_path / "000000.npz").write_bytes(content)
+        with pytest.raises(StateError, match=r"000000\.npz: cannot be read .*; delete it"):
+            Kept.read(tmp_path / "000000.npz")
 
 
 def test_a_label_is_tokenised_as_the_template_has_it(tiny_checkpoint: Path, task: Task) -> None:
