@@ -3,6 +3,8 @@
 #   sudo sh benchmarks/arm_device.sh FOLDER [PORT]      make it (first time: some minutes) and start it
 #   sudo sh benchmarks/arm_device.sh FOLDER stop        end it
 # It prints how to reach it. Times measured there are those of an emulator, and bench marks them so.
+# The processor is a Cortex-A76, as in a Raspberry Pi 5 and close to a Jetson Orin's. Not qemu's `max`: with its SME
+# (qemu 7.2) onnxruntime 1.31.1 computes something else, which the bundle's conformance vectors show.
 # Needs: apt-get install debootstrap qemu-user-static openssh-client
 set -eu
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -58,7 +60,7 @@ cp /etc/resolv.conf /etc/hosts "$root/etc/"
 cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
 mkdir -p "$root/run/sshd"
 chroot "$root" /usr/sbin/sshd -p "$port" -o ListenAddress=127.0.0.1 -o PasswordAuthentication=no -o UsePAM=no \
-  -o PidFile=/run/sshd.pid
+  -o PidFile=/run/sshd.pid -o SetEnv=QEMU_CPU=cortex-a76
 echo "[127.0.0.1]:$port $(cut -d' ' -f1,2 "$root/etc/ssh/ssh_host_ed25519_key.pub")" > "$folder/known_hosts"
 cat <<END
 Put this into ~/.ssh/config, then: pocketvlm bench BUNDLE --on ssh://arm-here

@@ -15,13 +15,14 @@ import json
 import posixpath
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evals import (
     bench_results,
+    remote_adb,
     remote_job,
     remote_setup,
     remote_ssh,
@@ -82,6 +83,35 @@ class Request:
             if isinstance(argument, Path) and not argument.is_file():
                 raise InputError(f"{argument}: is no file here")
         object.__setattr__(self, "formats", found)
+
+
+def measure(
+    url: str,
+    bundles: Sequence[Path],
+    context: Any,
+    settings: Settings,
+    *,
+    runner: Path | None = None,
+    tell: Tell = print,
+    samples_to: Path | None = None,
+) -> BenchResults:
+    """What `--on` does: a Linux machine (ssh://) or a phone (adb://). `context`: typer's, of the verb.
+
+    Raises PocketError; InputError on an address of neither kind, or an option that a phone does not know.
+    """
+    if url.startswith("ssh:"):
+        return bench(url, Request(tuple(bundles), passed_on(context)), settings, tell, samples_to)
+    if not url.startswith("adb:"):
+        raise InputError(f"--on {url}: wanted ssh://user@host[:port] or adb://SERIAL")
+    given = [one for one in passed_on(context) if isinstance(one, str) and one.startswith("--")]
+    if unknown := [flag for flag in given if flag not in PHONE_KNOWS]:
+        raise InputError(f"{', '.join(unknown)}: not for adb://; a phone knows {', '.join(PHONE_KNOWS)}")
+    if len(bundles) != 1 or runner is None:
+        raise InputError("--on adb://: wanted one gguf bundle and --on-runner llama-mtmd-cli for the phone")
+    names = ("image", "question", "rounds", "tokens", "threads")
+    values = {name: context.params[name] for name in names}
+    image = None if values["image"] is None else Path(values["image"])
+    return remote_adb.bench(url, remote_adb.Asked(bundles[0], runner, **{**values, "image": image}), tell)
 
 
 def bench(
@@ -271,8 +301,14 @@ def marked(results: BenchResults, facts: Facts, samples: bytes) -> BenchResults:
     return results.model_copy(update={"source": "ssh", "device": sheet, "notes": notes})
 
 
-HERE_ONLY = ("bundles", "out", "as_json", "results", "on", "on_dir", "on_python", "on_wheels", "on_clean")
+HERE_ONLY = (
+    *("bundles", "out", "as_json", "results"),
+    *("on", "on_dir", "on_python", "on_wheels", "on_clean", "on_runner"),
+)
 """What of the verb's parameters concerns this side; every other one is the device's."""
+
+PHONE_KNOWS = ("--image", "--question", "--rounds", "--tokens", "--threads")
+"""Options of the verb that mean something to a phone behind adb."""
 
 FILES = ("image",)
 """Parameters of the verb that name a file here."""

@@ -88,7 +88,8 @@ def bench(
         Path | None, typer.Option(help="Write bench.json there; the same command goes on if interrupted.")
     ] = None,
     on: Annotated[
-        str | None, typer.Option(metavar="ssh://USER@HOST[:PORT]", help="Measure on that device instead.")
+        str | None,
+        typer.Option(metavar="ssh://USER@HOST|adb://SERIAL", help="Measure on that device instead."),
     ] = None,
     on_dir: Annotated[
         str | None, typer.Option(help="Folder there, absolute or below home; default: .cache/pocketvlm.")
@@ -98,6 +99,9 @@ def bench(
     ] = None,
     on_wheels: Annotated[
         Path | None, typer.Option(help="Folder of wheels here to install there, without a network.")
+    ] = None,
+    on_runner: Annotated[
+        Path | None, typer.Option(help="adb only: llama.cpp's llama-mtmd-cli for the phone.")
     ] = None,
     on_clean: Annotated[
         bool, typer.Option("--on-clean", help="Afterwards delete everything that was put there.")
@@ -116,10 +120,17 @@ def bench(
         from evals import remote
 
         settings = remote.Settings(on_dir or remote.FOLDER, on_python, on_wheels, on_clean)
-        request = remote.Request(tuple(bundles or ()), remote.passed_on(context))
         with Progress("bench") as progress:
             samples = out and out.with_suffix(".telemetry.jsonl")
-            found = remote.bench(on, request, settings, progress, samples)
+            found = remote.measure(
+                on,
+                bundles or (),
+                context,
+                settings,
+                runner=on_runner,
+                tell=progress,
+                samples_to=samples,
+            )
     else:
         for bundle in bundles or ():
             _require_backend(bundle)
