@@ -10,6 +10,7 @@ downloaded: VLMEvalKit's TSVs and lmms-eval's data sets are files that the user 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,9 @@ def _of_file(path: Path, split: str | None, kind: str | None, limit: int | None,
     )
     if not questions:
         raise InputError(f"{path}: has no questions{f' of split {split}' if split else ''} with a picture")
+    id_, times = Counter(one.id for one in questions).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path}: the id {id_!r} is there {times} times; give every question its own")
     return Task(
         name=path.stem,
         format="vlmevalkit-tsv" if is_tsv else "lmms-jsonl",

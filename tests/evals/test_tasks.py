@@ -205,6 +205,12 @@ def test_what_is_wrong_with_a_document(record: dict[str, Any], says: str, tmp_pa
     assert says in str(caught.value)
 
 
+def test_an_id_is_there_once(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "my.jsonl", [{"id": "x", "question": "q", "answer": "a"}] * 2)
+    with pytest.raises(InputError, match=r"my\.jsonl: the id 'x' is there 2 times"):
+        open_task(str(path))
+
+
 # --- tasks ------------------------------------------------------------
 
 
