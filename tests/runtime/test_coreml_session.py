@@ -308,3 +308,26 @@ def test_a_bench_of_it_beside_others_is_refused(directory: Path, tiny_bundle: Pa
     assert "the times of the evaluator say nothing beside those of others" in refusal(
         "bench", tiny_bundle, directory
     )
+
+
+@pytest.mark.skipif(not COREML_LACKS, reason="Core ML runs it here")
+def test_a_bench_of_it_says_that_its_times_are_no_devices(directory: Path) -> None:
+    few = (
+        "--rounds",
+        "1",
+        "--warmup",
+        "0",
+        "--repeats",
+        "1",
+        "--tokens",
+        "2",
+        "--energy",
+        "0",
+        "--bandwidth",
+        "0",
+    )
+    found = json.loads(call("bench", directory, *few, "--json").stdout)
+    assert found["emulated"] is True
+    assert found["emulated_why"] == "numpy evaluates the ML programs of by-hand"
+    assert {part["unit"] for part in found["bundles"][0]["parts"]} == {"evaluator"}
+    assert any("numerics only" in note for note in found["notes"])
