@@ -1,0 +1,71 @@
+"""The page and JavaScript reader that run a bundle in a browser, put beside its parts.
+
+In: a bundle directory and its manifest. Out: `browser/` in it, a static page without a build step.
+Not here: the parts (`export/onnx.py`), onnxruntime-web (docs/browser.md says how it gets beside the page), what a
+reader must do (docs/bundle.md). The sources are in `export/browser`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime import files
+from runtime.errors import BundleError
+from runtime.manifest import Manifest
+
+DIRECTORY = "browser"
+SOURCE = Path(__file__).parent / "browser"
+
+KNOWN = frozenset(
+    {
+        "attention.causal@1",
+        "attention.image_bidirectional@1",
+        "cache.static@1",
+        "deepstack.add@1",
+        "exif_rotate@1",
+        "normalise@1",
+        "patchify.blocks@1",
+        "patchify.padded@1",
+        "positions.1d@1",
+        "positions.mrope@1",
+        "replace_tokens@1",
+        "resize_exact@1",
+        "resize_longest_edge@1",
+        "smart_resize@1",
+        "tiles.grid@1",
+        "tiles.split@1",
+        "to_nchw@1",
+        "to_rgb@1",
+        "tokens.grid@1",
+    }
+)
+"""Operations that the JavaScript reader carries out; a test compares them with what it says of itself."""
+
+
+def sources() -> tuple[Path, ...]:
+    """The page's files, relative to it, sorted; without hidden ones and what npm installs."""
+    found = (path.relative_to(SOURCE) for path in SOURCE.rglob("*") if path.is_file())
+    own = (path for path in found if path.parts[0] not in ("node_modules", "ort"))
+    return tuple(sorted(path for path in own if not any(part.startswith(".") for part in path.parts)))
+
+
+def write(bundle: Path, manifest: Manifest) -> Path:
+    """Copy the page to `bundle/browser`, over an earlier copy; returns its directory.
+
+    Raises BundleError when the bundle is not of format onnx or needs an operation that the JavaScript reader
+    lacks (it would refuse the bundle in the browser), or the page's files were not installed.
+    """
+    if manifest.format != "onnx":
+        raise BundleError(f"{bundle.name}: is {manifest.format}; a browser runs onnx bundles")
+    if unknown := sorted(set(manifest.requires) - KNOWN):
+        raise BundleError(
+            f"{bundle.name}: needs {', '.join(unknown)}, which the JavaScript reader cannot do; "
+            "add it to export/browser or export for another target"
+        )
+    found = sources()
+    if Path("reader/index.js") not in found:
+        raise BundleError("export/browser: this installation lacks the page; install pocketvlm again")
+    out = bundle / DIRECTORY
+    for path in found:
+        files.write_bytes(out / path, (SOURCE / path).read_bytes())
+    return out
