@@ -148,6 +148,7 @@ class Candidate(Record):
     same_source: bool = Field(description="made from exactly the reference's files")
     emulated: bool = Field(False, description="run by an evaluator: numerics only, not the device's own")
     emulated_reason: str = ""
+    failed: Count = Field(0, description="questions that could not be asked; in none of the figures")
     preprocessing: Preprocessing | None = None
     numerics: list[Numerics] = Field(default_factory=list, description="each side on its own pixels and ids")
     same_inputs: Numerics | None = Field(

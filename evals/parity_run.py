@@ -144,9 +144,12 @@ class _Work:
             seen, backend = Seen(session), backend_of(session, self.reference)
             files.write_json(told, backend)
             for done, (number, question) in enumerate(lacking, 1):
-                kept = keep(
-                    seen, question, self.kept, most=self.options.max_tokens, label=self.options.labels
-                )
+                try:
+                    kept = keep(
+                        seen, question, self.kept, most=self.options.max_tokens, label=self.options.labels
+                    )
+                except InputError as error:
+                    kept = Kept.refused(f"the reference cannot be asked: {error}")
                 kept.write(self._kept(number))
                 self._tell(self.reference.name, done, len(lacking))
         del session, seen
@@ -160,8 +163,12 @@ class _Work:
         try:
             if lacking or not told.exists():
                 self._hold(model, lacking, told)
-            rows = [files.read_shard(self._row(model, n))[0] for n in range(len(self.task.questions))]
+            every = [files.read_shard(self._row(model, n))[0] for n in range(len(self.task.questions))]
+            rows = [row for row in every if "failed" not in row]
+            if not rows:
+                raise InputError(f"question {every[0]['id']}: {every[0]['failed']}")
             facts, figures = files.read_json(told), self._figures(rows)
+            figures["failed"] = len(every) - len(rows)
         except PocketError as error:
             return _candidate(model, self.reference, {"backend": "not run"}, error=str(error))
         return _candidate(model, self.reference, facts, **figures)
@@ -219,11 +226,18 @@ class _Work:
 
 
 def _held(seen: Seen, question: Question, kept: Kept, pictures: Path) -> Row:
-    """The row of a case. Every backend has errors of its own: whatever it raises, this model cannot go on."""
+    """The row of a case; `failed` where the model cannot be asked the question.
+
+    Every backend has errors of its own: with another one the model cannot go on.
+    """
     try:
+        if kept.failed:
+            raise InputError(kept.failed)
         return hold(seen, question, kept, pictures)
-    except PocketError as error:
-        raise InputError(f"question {question.id}: {error}") from error
+    except InputError as error:
+        return {"id": question.id, "group": question.group, "failed": str(error)}
+    except PocketError:
+        raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BundleError(f"question {question.id}: {type(error).__name__}: {first}") from error
@@ -287,6 +301,11 @@ def _missing(found: Sequence[Candidate], options: Settings) -> list[Missing]:
         Missing(what=f"{one.name}: pixels of some pictures", why=one.preprocessing.why_not_compared)
         for one in found
         if one.preprocessing and one.preprocessing.why_not_compared
+    ]
+    rows += [
+        Missing(what=f"{one.name}: {one.failed} questions", why="could not be asked; they are in no figure")
+        for one in found
+        if one.failed
     ]
     if not options.labels:
         rows.append(Missing(what="perplexity of the labels", why="only the reference's answers were forced"))

@@ -42,6 +42,13 @@ class Kept:
     pictures: tuple[str, ...]
     forced: dict[str, TokenIds]
     logits: dict[str, Floats]
+    failed: str = ""
+
+    @classmethod
+    def refused(cls, why: str) -> Kept:
+        """Of a question that the reference cannot be asked."""
+        nothing = np.zeros(0, np.int64)
+        return cls(nothing, nothing, (), {}, {}, why)
 
     def write(self, path: Path) -> None:
         """As one .npz, whole or not at all. Equal forced texts are stored once."""
@@ -49,6 +56,7 @@ class Kept:
             "prompt": self.prompt,
             "image_tokens": self.image_tokens,
             "pictures": np.array(self.pictures, dtype="U64"),
+            "failed": np.array(self.failed),
         }
         for name, ids in self.forced.items():
             arrays[f"forced:{name}"] = ids
@@ -79,7 +87,9 @@ class Kept:
             forced = {key[7:]: found[key] for key in found.files if key.startswith("forced:")}
             logits = {name: found.get(f"logits:{name}") for name in forced}
             pictures = tuple(str(one) for one in found["pictures"])
-            prompt, image_tokens = found["prompt"], found["image_tokens"]
+            prompt, image_tokens, failed = found["prompt"], found["image_tokens"], str(found["failed"])
+        if failed:
+            return cls.refused(failed)
         own = logits["reference-greedy"]
         known = {name: own if rows is None else rows for name, rows in logits.items()}
         return cls(prompt, image_tokens, pictures, forced, known)

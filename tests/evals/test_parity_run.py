@@ -287,6 +287,28 @@ def _made(work: Path) -> int:
     )
 
 
+def test_a_question_that_cannot_be_asked_is_left_out_and_counted(
+    tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path
+) -> None:
+    long, refused = "what color? " * 200, "what is <image> there?"
+    questions = [task.questions[0]] + [
+        replace(task.questions[1], id=name, question=text, prompt=text)
+        for name, text in (("long", long), ("refused", refused))
+    ]
+    some = replace(task, questions=tuple(questions))
+    models = subjects.describe_all([tiny_checkpoint, tiny_bundle])
+    done = parity_run.run(models[0], models[1:], some, tmp_path / "parity.json", settings=FAST)
+    one = done.candidates[0]
+    assert one.error is None and one.failed == 2
+    figures = one.on("reference-greedy")
+    assert figures is not None and figures.cases == 1
+    assert done.missing[-1].what.endswith(": 2 questions")
+    assert any("2 questions: could not be asked" in line for line in parity_table.lines(done))
+    none = replace(task, questions=tuple(questions[2:]))
+    done = parity_run.run(models[0], models[1:], none, tmp_path / "none.json", settings=FAST)
+    assert (done.candidates[0].error or "").startswith("question refused: the reference cannot be asked: ")
+
+
 def test_what_a_backend_raises_is_the_model_s_error(
     tiny_checkpoint: Path, tiny_bundle: Path, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
