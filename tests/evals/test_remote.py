@@ -162,7 +162,7 @@ def test_what_is_asked_is_checked_here(tiny_bundle: Path, tmp_path: Path) -> Non
 
 def test_the_verb_refuses_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "one of the two" in refusal("bench", "--import", tmp_path / "x.json", "--on", "ssh://host")
-    assert "is no ssh address" in refusal("bench", tiny_bundle, "--on", "host")
+    assert "wanted ssh://user@host" in refusal("bench", tiny_bundle, "--on", "host")
     assert "--on-wheels" in refusal("bench", tiny_bundle, "--on", "ssh://h", "--on-wheels", tmp_path / "no")
 
 
