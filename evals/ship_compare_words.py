@@ -16,7 +16,8 @@ def change_words(one: Tested) -> str:
     """`-1.02 points (-1.4 to -0.6)`, `+5.1 % (4.0 to 6.2)`."""
 
     def signed(value: float) -> str:
-        return f"{value:+.2f}".replace("-", fmt.MINUS)
+        text = f"{value:+.2f}"
+        return "0.00" if float(text) == 0 else text.replace("-", fmt.MINUS)
 
     unit = " points" if one.unit == "points" else f"{fmt.THIN}%"
     return f"{signed(one.change)}{unit} ({signed(one.low)} to {signed(one.high)})"
