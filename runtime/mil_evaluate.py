@@ -46,6 +46,9 @@ class Stored:
                 half = not isinstance(value, str) and value.dtype == np.float16
                 self._inline[name] = np.asarray(value, np.float32) if half else value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._made
+
     def _origin(self, name: str) -> tuple[Operation, int]:
         if name not in self._made:
             raise ValueError(f"nothing gives {name!r}")
