@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from runtime.command import is_main, listed, require
+from evals.command import is_main, listed, require
 from runtime.errors import InputError, PocketError
 from runtime.installation import program_version
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runtime.command import Progress, is_main, require
+from evals.command import Progress, is_main, require
 from runtime.errors import InputError, PocketError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.command import Progress, listed, require
+from evals.command import Progress, listed, require
 from runtime.errors import InputError
 from runtime.installation import program_version
 

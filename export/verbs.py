@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runtime.command import Progress, require
+from evals.command import Progress, require
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
