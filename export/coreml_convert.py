@@ -13,6 +13,7 @@ import contextlib
 import io
 import logging
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,12 +25,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from export.coreml_package import MODEL
+from runtime import files
 from runtime.errors import CheckpointError, MissingExtra
 
 Precision = Literal["float16", "float32"]
 ENTRY = "main"
 """What coremltools calls the function of a package with one."""
 
+_DATE = "com.github.apple.coremltools.conversion_date"
 TARGET = "iOS18"
 """The first system with states, functions that share weights, and weights of 4 bits by block."""
 
@@ -187,11 +191,35 @@ def merge(functions: Mapping[str, Path], path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     if list(functions) == [ENTRY]:
-        return Path(shutil.copytree(functions[ENTRY], path))
+        return steady(Path(shutil.copytree(functions[ENTRY], path)))
     descriptor = ct.utils.MultiFunctionDescriptor()
     for name, source in functions.items():
         descriptor.add_function(str(source), src_function_name=ENTRY, target_function_name=name)
     descriptor.default_function_name = next(iter(functions))
     with quiet():
         ct.utils.save_multifunction(descriptor, str(path))
-    return path
+    return steady(path)
+
+
+def steady(package: Path) -> Path:
+    """Without what differs from one export to the next: the date, random identifiers, the order of maps."""
+    ct = tools()
+    model = package / MODEL
+    spec = ct.utils.load_spec(str(model))
+    spec.description.metadata.userDefined.pop(_DATE, None)
+    model.write_bytes(spec.SerializeToString(deterministic=True))
+    path = package / "Manifest.json"
+    content = files.read_json(path)
+    items = {
+        old: (str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])).upper(), item)
+        for old, item in content["itemInfoEntries"].items()
+    }
+    files.write_json(
+        path,
+        {
+            **content,
+            "itemInfoEntries": dict(sorted(items.values(), key=lambda entry: entry[1]["path"])),
+            "rootModelIdentifier": items[content["rootModelIdentifier"]][0],
+        },
+    )
+    return package

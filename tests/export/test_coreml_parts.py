@@ -19,6 +19,7 @@ from export.coreml_decoder import CoremlDecoder, state_shapes, traceable
 from export.coreml_parts import ROLES, FromInputs, parts_of
 from export.families import family_of, without_tiles
 from export.static_decoder import StaticSizes
+from runtime.bundle import digest
 from runtime.errors import CheckpointError
 from runtime.image import prepare
 from runtime.image_spec import ImageSpec, PatchifyPadded
@@ -146,6 +147,14 @@ def test_functions_share_their_weights(made: Any) -> None:
     assert found == state_shapes(shape, SIZES.context)
     labels = [weight.label for weight in coreml_package.weights(functions["decode"])]
     assert {"linear:head", "gather:cos", "gather:sin"} <= set(labels)
+
+
+def test_the_same_functions_make_the_same_bytes(made: Any, tmp_path: Path) -> None:
+    root = made[0].path.parent
+    sources = {name: root / f"decoder-{name}.mlpackage" for name in ("prefill", "decode")}
+    again = coreml_convert.merge(sources, tmp_path / "decoder.mlpackage")
+    assert digest(again) == digest(root / "decoder.mlpackage")
+    assert b"conversion_date" not in (again / coreml_package.MODEL).read_bytes()
 
 
 def test_transformers_is_as_it_was(made: Any) -> None:
