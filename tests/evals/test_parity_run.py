@@ -389,3 +389,37 @@ def test_a_file_of_another_kind_is_refused(found: ParityResults, tmp_path: Path)
     path.write_text(json.dumps({**value, "candidates": value["candidates"] * 2}))
     with pytest.raises(StateError, match="there twice"):
         parity_results.read(path)
+
+
+@pytest.mark.slow
+def test_the_verb_prints_parity_and_losses(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    from tests.cli import call
+
+    (tmp_path / "p.png").write_bytes(_picture(1))
+    rows = [{"question": f"what is {i}?", "image": "p.png", "answer": "yes"} for i in range(2)]
+    (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    arguments = (
+        "eval",
+        tiny_checkpoint,
+        tiny_bundle,
+        "--task",
+        tmp_path / "tiny.jsonl",
+        "--parity",
+        "--out",
+        out,
+    )
+    done = call(*arguments, "--variants", "noise-1,wording", "--max-new-tokens", "3", "--threads", "1")
+    assert done.stdout.splitlines() == [str(out / "eval.json"), str(out / "parity.json")]
+    for text in ("score under each variant", "wording-2", "mean of all", "same prompt ids", "only 1 images"):
+        assert text in done.stderr, text
+    told = json.loads(
+        call(*arguments, "--variants", "noise-1,wording", "--max-new-tokens", "3", "--json").stdout
+    )
+    assert [one["variant"] for one in told["losses"][:4]] == [
+        "wording-1",
+        "wording-2",
+        "noise-1",
+        "mean of all",
+    ]
+    assert told["parity"][0]["preprocessing"]["images_equal"] == 2
