@@ -7,6 +7,7 @@ permutation test, what difference the seeds could have shown. Not here: question
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ def detectable(sd: float, count: int) -> float:
     return (t_quantile((1 + LEVEL) / 2, freedom) + t_quantile(POWER, freedom)) * sd / math.sqrt(count)
 
 
+@functools.cache
 def t_quantile(probability: float, freedom: int) -> float:
     """Quantile of Student's t with `freedom` degrees, for 0.5 <= probability < 1, by bisection."""
     if not 0.5 <= probability < 1 or freedom < 1:
