@@ -16,7 +16,7 @@ EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("onnx", ("onnxruntime",)),
     ("gguf", ("gguf", "llama-cpp-python")),
     ("coreml", ("coremltools",)),
-    ("report", ("jinja2", "matplotlib")),
+    ("report", ("jinja2", "matplotlib", "openpyxl")),
     (
         "distill",
         (
