@@ -1,8 +1,8 @@
 """The page and JavaScript reader that run a bundle in a browser, put beside its parts.
 
 In: a bundle directory and its manifest. Out: `browser/` in it, a static page without a build step.
-Not here: the parts (`export/onnx.py`), onnxruntime-web (docs/browser.md says how it gets beside the page), what a
-reader must do (docs/bundle.md). The sources are in `export/browser`.
+Not here: the parts (`export/onnx.py`), what a reader must do (docs/bundle.md), onnxruntime-web, which
+docs/browser.md brings beside the page. The sources are in `export/browser`.
 """
 
 from __future__ import annotations

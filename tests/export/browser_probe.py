@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).parent / "browser" / "probe.mjs"
 
 
 def modules() -> Path | None:
-    """The node_modules directory with onnxruntime-web, by POCKETVLM_NODE_MODULES; None where there is none."""
+    """The directory of POCKETVLM_NODE_MODULES, if onnxruntime-web is in it."""
     given = os.environ.get("POCKETVLM_NODE_MODULES")
     if given is None or not (Path(given) / "onnxruntime-web").is_dir():
         return None

@@ -153,7 +153,7 @@ def interlaced(picture: Image.Image) -> bytes:
         (0, 1, 1, 2),
     ]
     data = b""
-    for left, top, right, down in passes:
+    for left, top, right, down in [*passes, (0, 1, 1, 2)]:
         part = pixels[top::down, left::right]
         above = np.zeros_like(part[:1].ravel())
         for row in part if part.size else ():
@@ -169,7 +169,7 @@ def test_a_png_is_decoded_as_pillow_does(probe: Probe, tmp_path: Path, name: str
     data = pngs()[name]
     (tmp_path / "in.png").write_bytes(data)
     found = probe.right("decode", file=tmp_path / "in.png", most=10**6, out=tmp_path / "out")
-    picture = Image.open(io.BytesIO(data))
+    picture: Image.Image = Image.open(io.BytesIO(data))
     if name == "deep-gray":
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     mode = "RGBA" if found["channels"] == 4 else "RGB"
@@ -215,8 +215,8 @@ def same_as_python(probe: Probe, session: Session, directory: Path, scratch: Pat
         samples = drawn.integers(0, 256, (height, width, channels), dtype=np.uint8)
         (scratch / "samples").write_bytes(samples.tobytes())
         found = probe.right(
-            "prepare", bundle=directory, width=width, height=height, channels=channels, orientation=1, file=False,
-            samples=scratch / "samples", question=QUESTION, out=scratch / "pixels",
+            "prepare", bundle=directory, width=width, height=height, channels=channels, orientation=1,
+            file=False, samples=scratch / "samples", question=QUESTION, out=scratch / "pixels",
         )  # fmt: skip
         prepared = session.prepare(Image.fromarray(samples))
         ids = session.prompt_ids(QUESTION, [prepared])
@@ -239,8 +239,8 @@ def test_a_file_is_turned_upright(probe: Probe, tiny_bundle: Path, session: Sess
         exif[0x0112] = orientation
         Image.fromarray(samples).save(tmp_path / "turned.png", exif=exif)
         probe.right(
-            "prepare", bundle=tiny_bundle, width=33, height=20, channels=3, orientation=orientation, file=True,
-            samples=tmp_path / "samples", question=QUESTION, out=tmp_path / "pixels",
+            "prepare", bundle=tiny_bundle, width=33, height=20, channels=3, orientation=orientation,
+            file=True, samples=tmp_path / "samples", question=QUESTION, out=tmp_path / "pixels",
         )  # fmt: skip
         (wanted,) = session.prepare(tmp_path / "turned.png").pixels
         np.testing.assert_array_equal(np.fromfile(tmp_path / "pixels", "<f4"), wanted.ravel())

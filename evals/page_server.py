@@ -1,0 +1,150 @@
+"""Serves a bundle and its page to browsers, as a page needs it that runs WebAssembly on several threads.
+
+In: a bundle directory with `browser/` in it. Out: an address, and what the page sends back. Not here: the page
+(`export/browser`), starting a browser (`evals/remote_browser.py`).
+
+Only files of the bundle are given out, and those of onnxruntime-web below `/browser/ort/`. The two headers of
+cross-origin isolation let the page have shared memory and a fine clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from http import HTTPStatus
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from runtime import bundle as bundle_files
+from runtime.errors import InputError
+
+RESULTS = "/results"
+MODULE = "ort.wasm.min.mjs"
+MOST_BYTES = 64 << 20
+"""Of what a page sends back: a long sustained run has tens of thousands of numbers."""
+
+TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
+HEADERS = {
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cache-Control": "no-cache",
+}
+
+
+def find_ort(bundle: Path) -> Path:
+    """The directory of onnxruntime-web's files: beside the page, or by POCKETVLM_NODE_MODULES.
+
+    Raises InputError saying how to get it.
+    """
+    modules = os.environ.get("POCKETVLM_NODE_MODULES")
+    places = [bundle / "browser" / "ort"]
+    if modules:
+        places.append(Path(modules) / "onnxruntime-web" / "dist")
+    for place in places:
+        if (place / MODULE).is_file():
+            return place
+    raise InputError(
+        f"{places[0]}: holds no onnxruntime-web; run npm install --ignore-scripts onnxruntime-web and set "
+        "POCKETVLM_NODE_MODULES to its node_modules directory"
+    )
+
+
+class PageServer:
+    """A server in a thread of its own; `results` waits for what a page sends. Use it as a context manager."""
+
+    def __init__(self, bundle: Path, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Raises InputError for a bundle without a page, without onnxruntime-web, or a port that is taken."""
+        bundle_files.read(bundle, verify=False)
+        if not (bundle / "browser" / "index.html").is_file():
+            raise InputError(f"{bundle}: has no browser/ in it; export it with --target browser")
+        self._received: queue.Queue[bytes] = queue.Queue()
+        ort = find_ort(bundle)
+        received = self._received
+
+        class Handler(_Handler):
+            roots = (("/browser/ort/", ort.resolve()), ("/", bundle.resolve()))
+            inbox = received
+
+        try:
+            self._server = ThreadingHTTPServer((host, port), Handler)
+        except OSError as error:
+            raise InputError(
+                f"{host}:{port}: cannot be listened on ({error.strerror}); take another port"
+            ) from error
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def address(self) -> str:
+        """Of the page."""
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}/browser/"
+
+    def results(self, seconds: float) -> dict[str, Any]:
+        """What the page sent, an object. Raises TimeoutError, and InputError when it is none."""
+        try:
+            data = self._received.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"no results within {seconds:.0f} s") from None
+        try:
+            found = json.loads(data)
+        except ValueError as error:
+            raise InputError(f"the page sent no JSON ({error}); open it anew") from error
+        if not isinstance(found, dict):
+            raise InputError(f"the page sent a JSON {type(found).__name__}, expected an object")
+        return found
+
+    def __enter__(self) -> PageServer:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """GET of files below `roots` (the first prefix that fits), POST of results."""
+
+    roots: tuple[tuple[str, Path], ...] = ()
+    inbox: queue.Queue[bytes]
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}  # noqa: RUF012
+
+    def translate_path(self, path: str) -> str:
+        """The file of an address; outside of its root, one that is not there."""
+        plain = path.split("?", 1)[0].split("#", 1)[0]
+        prefix, root = next(each for each in self.roots if plain.startswith(each[0]))
+        self.directory = str(root)
+        found = Path(super().translate_path("/" + plain[len(prefix) :])).resolve()
+        inside = found == root or root in found.parents
+        return str(found) + ("/" if plain.endswith("/") else "") if inside else str(root / "\0")
+
+    def list_directory(self, path: str | os.PathLike[str]) -> None:
+        """Directories are not listed."""
+        self.send_error(HTTPStatus.NOT_FOUND)
+
+    def end_headers(self) -> None:
+        """Every answer is isolated."""
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def do_POST(self) -> None:
+        """What a page found out."""
+        length = self.headers.get("Content-Length", "")
+        if self.path != RESULTS or not length.isdigit() or int(length) > MOST_BYTES:
+            self.close_connection = True
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
+        self.inbox.put(self.rfile.read(int(length)))
+        self.send_response(HTTPStatus.NO_CONTENT)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silence: the page says what it does."""
