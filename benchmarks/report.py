@@ -32,6 +32,7 @@ PROBE = (
     "<script>addEventListener('load',()=>{document.title="
     "String(performance.getEntriesByType('navigation')[0].loadEventStart)})</script>"
 )
+REPEATS = 6
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 
 
@@ -45,7 +46,7 @@ def nothing(draw: np.random.Generator, trial: int) -> bool:
     sides = []
     for side in range(2):
         rights = {name: data.flipped(draw, right, 0.0, 0.025) for name in ("fp32", "int8")}
-        timed = data.timed(2 * trial + side)
+        timed = data.timed(2 * trial + side, repeats=REPEATS)
         sides.append(timed.model_copy(update={"tasks": data.asked(rights).tasks}))
     return bool(worse(ship_compare.compare(*sides)))
 
@@ -62,8 +63,8 @@ def point(draw: np.random.Generator, bundles: int) -> bool:
 def slower(trial: int, processes: int) -> bool:
     """One of two bundles is 5 % slower: is it found?"""
     before, now = (
-        data.timed(10**6 + 2 * trial, processes=processes),
-        data.timed(10**6 + 2 * trial + 1, processes=processes, int8=1.05),
+        data.timed(10**6 + 2 * trial, processes=processes, repeats=REPEATS),
+        data.timed(10**6 + 2 * trial + 1, processes=processes, repeats=REPEATS, int8=1.05),
     )
     return "int8" in worse(ship_compare.compare(before, now))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from evals import bench_summary, stats
-from evals.bench_results import BenchResults, BundleResult, PointResult, Run
+import numpy as np
+
+from evals import bench_summary
+from evals.bench_results import BenchResults, BundleResult, PointResult, Run, Summary
 from evals.ship_evidence import Measure, Metric, Timing
 
 MEMORY = ("peak_rss_mib", "load_peak_rss_mib")
@@ -20,8 +22,8 @@ def timing_of(found: BenchResults, result: BundleResult, point: PointResult, bun
     """`bundle`: the name that joins it with other files."""
     grid = next(one for one in found.grid if one.id == point.point)
     size = f", {grid.width} x {grid.height}" if grid.width and grid.height else ""
-    measures = [_measure(name, point) for name in get_args(Metric)]
     summary = bench_summary.summary(point)
+    measures = [_measure(name, point, summary) for name in get_args(Metric)]
     caches = {run.load.page_cache for run in point.runs}
     return Timing(
         device=found.device.name,
@@ -50,18 +52,18 @@ def timing_of(found: BenchResults, result: BundleResult, point: PointResult, bun
     )
 
 
-def _measure(name: Metric, point: PointResult) -> Measure | None:
+def _measure(name: Metric, point: PointResult, summary: Summary) -> Measure | None:
     """None where no process has a value."""
-    processes = _memory(name, point.runs) if name in MEMORY else bench_summary.rounds_of(point.runs, name)
-    spread = bench_summary.spread(processes)
+    if name in MEMORY:
+        processes = _memory(name, point.runs)
+        spread = bench_summary.spread(processes)
+    else:
+        processes = bench_summary.rounds_of(point.runs, name)
+        spread = getattr(summary, name)
     if spread is None:
         return None
-    return Measure(
-        metric=name,
-        spread=spread,
-        process_p50=tuple(stats.percentile(one, 50) for one in processes),
-        process_p90=tuple(stats.percentile(one, 90) for one in processes),
-    )
+    p50, p90 = zip(*(np.percentile(one, (50, 90)).tolist() for one in processes), strict=True)
+    return Measure(metric=name, spread=spread, process_p50=p50, process_p90=p90)
 
 
 def _memory(name: Metric, runs: Sequence[Run]) -> list[list[float]]:

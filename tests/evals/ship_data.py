@@ -316,10 +316,10 @@ def _facts(names: Iterable[str]) -> tuple[BundleFacts, ...]:
     return tuple(BundleFacts(name=name, format="onnx", precision="int8") for name in names)
 
 
-def timed(seed: int, *, processes: int = 10, **slower: float) -> Evidence:
+def timed(seed: int, *, processes: int = 10, repeats: int = 4, **slower: float) -> Evidence:
     """Evidence of two bundles' timings, without files: processes that scatter by 2 %."""
     times = {"fp32": 1.0, "int8": 0.7} | {name: 0.7 * factor for name, factor in slower.items()}
-    found = bench(bundles=times, processes=processes, repeats=6, seed=seed)
+    found = bench(bundles=times, processes=processes, repeats=repeats, seed=seed)
     device = DeviceSeen(sheet=found.device, origin=found.source, created=found.created, tool="none")
     timings = [timing_of(found, one, one.points[0], one.name) for one in found.bundles]
     return Evidence(bundles=_facts(times), devices=(device,), timings=tuple(timings))
