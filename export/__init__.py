@@ -89,7 +89,7 @@ def export_all(
     default. Raises as `export_checkpoint` does; bundles finished before the error stay.
     """
     _check_names(to, precisions, plan)
-    base = "-".join([name or Path(checkpoint).resolve().name, to, *_marks(plan)])
+    base = "-".join([name or Path(checkpoint).resolve().name, to, *_marks(to, plan)])
     names = {precision: f"{base}-{_short(to, precision)}" for precision in precisions}
     targets = {precision: Path(out_dir) / names[precision] for precision in precisions}
     return _writer(to, plan)(
@@ -133,11 +133,12 @@ def _examples(to: str, plan: Plan | None, examples: Sequence[tuple[ImageInput, s
     return {"examples": examples}
 
 
-def _marks(plan: Plan | None) -> list[str]:
+def _marks(to: str, plan: Plan | None) -> list[str]:
     """What of a plan stands in a bundle's name."""
     if plan is None:
         return []
-    return [plan.target] if plan.target else ["static"] if plan.static else []
+    static = plan.static and to == "onnx"  # ML programs always are
+    return [plan.target] if plan.target else ["static"] if static else []
 
 
 def _short(to: str, precision: str) -> str:

@@ -68,7 +68,7 @@ def table(path: Path) -> Table:
         "part",
         "bytes",
         "parameters x bits",
-        title=f"{path.name} ({manifest.flavour})",
+        title=f"{path.name} ({manifest.flavour if manifest.format == 'onnx' else manifest.format})",
         caption=f"cache {cache} per {PER_TOKENS} tokens; at most {limits.context} tokens, {limits.images} "
         f"pictures, {limits.image_tokens} tokens a picture; against the checkpoint: {_parity(manifest)}",
     )

@@ -21,6 +21,7 @@ from export.coreml import Work
 from export.coreml_compress import choose, compress
 from export.coreml_parts import ROLES, parts_of
 from export.coreml_policy import Policy, Rule, resolve
+from export.gate_cases import drawn
 from export.static_decoder import StaticSizes
 from export.targets import plan_for
 from runtime import bundle, conformance
@@ -33,6 +34,7 @@ from runtime.mil_evaluate import Stored
 from runtime.mil_weights import Store, WeightFiles
 from runtime.session import open_bundle
 from tests.checkpoints import FAMILIES, VARIANTS
+from tests.cli import call
 
 RECORD = struct.Struct("<IIQQ")  # of the weight file: marker, type, bytes, place of the data
 
@@ -411,6 +413,23 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, tiny_checkpoint: Path, m
     with pytest.raises(ParityError, match="at most 1e-09 allowed"):
         coreml.export_coreml(tiny_checkpoint, {"fp16": tmp_path / "b"}, names={"fp16": "b"})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_from_the_command_line(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    rules = tmp_path / "mine.yaml"
+    rules.write_text("base: fp16\nrules: [{part: decoder, node: 'linear:head', scheme: int8}]")
+    wanted = ["--to", "coreml", "--name", "tiny", "--quant", rules, "--out", tmp_path / "out"]
+    done = call("export", tiny_checkpoint, *wanted)
+    path = Path(done.stdout.strip())
+    assert path == tmp_path / "out" / "tiny-coreml-mine"
+    manifest = bundle.read(path)
+    assert manifest.target is None and manifest.coreml is not None and manifest.coreml.chunk == 64
+    assert {bits.scheme for bits in manifest.part("decoder").bits} == {"fp16", "int8"}
+    picture = tmp_path / "picture.png"
+    drawn(90, 70, seed=1).save(picture)
+    assert call("run", path, "--image", picture, "what color?", "--max-new-tokens", "3").stdout
+    call("doctor", path)
 
 
 @pytest.mark.slow

@@ -95,6 +95,9 @@ def test_targets_load_nothing_heavy() -> None:
         (["--quant", "auto", "--precision", "int8"], "leave --precision int8 out"),
         (["--target", "android", "--quant", "auto"], "--flavour ort-fused"),
         (["--target", "jetson-orin", "--precision", "int4"], "portable-static has fp32, fp16"),
+        (["--to", "coreml", "--target", "android"], "android: needs --to onnx; with --to coreml take iphone"),
+        (["--to", "coreml", "--flavour", "ort-fused"], "--flavour: is for --to onnx"),
+        (["--to", "coreml", "--quant", "auto"], "--quant auto: is for --to onnx"),
     ],
 )
 def test_bad_exports_are_one_line(tmp_path: Path, arguments: list[str], words: str) -> None:
