@@ -23,6 +23,7 @@ from typing import Any
 from evals import (
     bench_results,
     remote_adb,
+    remote_browser,
     remote_job,
     remote_setup,
     remote_ssh,
@@ -95,16 +96,18 @@ def measure(
     tell: Tell = print,
     samples_to: Path | None = None,
 ) -> BenchResults:
-    """What `--on` does: a Linux machine (ssh://) or a phone (adb://). `context`: typer's, of the verb.
+    """What `--on` does: a Linux machine (ssh://), a phone (adb://) or a browser (browser://).
 
-    Raises PocketError; InputError on an address of neither kind, or an option that a phone does not know.
+    `context`: typer's, of the verb. Raises PocketError; InputError on an address of no such kind, or an
+    option that a phone or a browser does not know.
     """
     if url.startswith("ssh:"):
         return bench(url, Request(tuple(bundles), passed_on(context)), settings, tell, samples_to)
+    if url.startswith(f"{remote_browser.SCHEME}:"):
+        return remote_browser.measure(url, bundles, context.params, _given(context), tell)
     if not url.startswith("adb:"):
-        raise InputError(f"--on {url}: wanted ssh://user@host[:port] or adb://SERIAL")
-    given = [one for one in passed_on(context) if isinstance(one, str) and one.startswith("--")]
-    if unknown := [flag for flag in given if flag not in PHONE_KNOWS]:
+        raise InputError(f"--on {url}: wanted ssh://user@host[:port], adb://SERIAL or browser://")
+    if unknown := [flag for flag in _given(context) if flag not in PHONE_KNOWS]:
         raise InputError(f"{', '.join(unknown)}: not for adb://; a phone knows {', '.join(PHONE_KNOWS)}")
     if len(bundles) != 1 or runner is None:
         raise InputError("--on adb://: wanted one gguf bundle and --on-runner llama-mtmd-cli for the phone")
@@ -163,7 +166,7 @@ class _Place:
         if job.state is State.RUNNING and job.id != job_id:
             raise DeviceError(
                 f"{self.ssh.target}: another bench runs there in {self.folder}; wait for it, or end it: "
-                f"kill $(cat {self.folder}/run/pid)"
+                f"kill -- -$(cat {self.folder}/run/pid)"
             )
         if job.id != job_id and job.id:
             remote_job.stop(self.ssh, self.folder)
@@ -299,6 +302,11 @@ def marked(results: BenchResults, facts: Facts, samples: bytes) -> BenchResults:
     said = telemetry.sentence(samples.decode(errors="replace").splitlines())
     notes = (*results.notes, *([said] if said else []))
     return results.model_copy(update={"source": "ssh", "device": sheet, "notes": notes})
+
+
+def _given(context: Any) -> list[str]:
+    """The verb's options that differ from their default."""
+    return [one for one in passed_on(context) if isinstance(one, str) and one.startswith("--")]
 
 
 HERE_ONLY = (

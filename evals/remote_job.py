@@ -30,6 +30,9 @@ AWAY_SECONDS = 120.0
 SILENT_SECONDS = 30.0
 """How long the log may stand still before the job is looked at: a killed one would never end it."""
 
+DETACHED = "$(command -v setsid) nohup"
+"""A group of its own, where there is setsid: `kill -- -PID` then ends the job with all that it started."""
+
 Tell = Callable[[str], None]
 
 
@@ -72,8 +75,9 @@ if [ -f pid ] && kill -0 $(cat pid) 2>/dev/null; then echo alive=yes; fi
 def start(ssh: Ssh, folder: str, job_id: str, command: list[str], beside: list[str], facts: Facts) -> None:
     """Start `command` in `<folder>/run`, and `beside` (a sampler) for as long as it takes.
 
-    Its output goes to files; it outlives the connection.
+    Its output goes to files; it outlives the connection. What is left of a killed job is ended first.
     """
+    _end_leftovers(ssh, folder)
     run = shlex.quote(f"{folder}/run")
     sampler = f"{shlex.join(beside)} >/dev/null 2>sampler.log & other=$!" if beside else "other="
     script = f"""
@@ -88,8 +92,20 @@ printf '\\n%s %s\\n' '{END}' $code >> log
     ssh.run(
         f"mkdir -p {run} && cd {run} && rm -f rc pid log && : > log && echo {job_id} > id && "
         f"echo {shlex.quote(facts.boot_id)} > boot && printf '%s' {shlex.quote(script)} > job.sh && "
-        f"{{ nohup sh job.sh </dev/null >/dev/null 2>&1 & }} && "
+        f"{{ {DETACHED} sh job.sh </dev/null >/dev/null 2>&1 & }} && "
         f"n=0; while [ ! -s pid ] && [ $n -lt 50 ]; do sleep 0.1; n=$((n+1)); done; [ -s pid ]"
+    )
+
+
+def _end_leftovers(ssh: Ssh, folder: str) -> None:
+    """End processes that work on the bundles there: a bench goes on when only the script around it is killed.
+
+    The path is put together there, so that the line that looks for it is not found.
+    """
+    ssh.run(
+        f"f={shlex.quote(folder)}; for p in /proc/[0-9]*; do "
+        "case $(tr '\\0' ' ' < $p/cmdline 2>/dev/null) in *\"$f\"/bun\"dles/\"*) kill ${p#/proc/};; esac; "
+        "done 2>/dev/null; true"
     )
 
 

@@ -56,9 +56,7 @@ class Interpreter:
 
 @dataclass(frozen=True)
 class Facts:
-    """A device as a shell sees it.
-    boot_id changes with every start of the system. extra: what goes onto the device sheet.
-    """
+    """A device as a shell sees it. boot_id is new with every start; extra goes onto the device sheet."""
 
     system: str
     machine: str

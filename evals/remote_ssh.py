@@ -144,17 +144,14 @@ class Ssh:
                     raise explain(self.target, err.read().decode(errors="replace"))
                 time.sleep(0.02)
 
-    def run(self, script: str, *, check: bool = True, seconds: float | None = None) -> Done:
+    def run(self, script: str, *, check: bool = True) -> Done:
         """Run a script to its end.
 
-        Raises ConnectionLost when the connection breaks or `seconds` pass; DeviceError with the script's last
-        line when it fails and `check` is set.
+        Raises ConnectionLost when the connection breaks; DeviceError with the script's last line when it
+        fails and `check` is set.
         """
         command = self._remote(f"printf '%s\\n' '{MARK}'; {script}")
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise ConnectionLost(f"{self.target}: no answer for {seconds:.0f} s; run again") from None
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
         out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
         before, mark, after = out.partition(MARK + "\n")
         if done.returncode == LOST and not mark:

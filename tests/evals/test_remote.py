@@ -160,6 +160,17 @@ def test_what_is_asked_is_checked_here(tiny_bundle: Path, tmp_path: Path) -> Non
         Request((tiny_bundle,), ("--image", tmp_path / "nothing.png"))
 
 
+def test_the_options_of_this_side_are_the_verbs() -> None:
+    """A renamed option would be sent to the device, or a picture be sought there."""
+    import inspect
+
+    from evals import verbs
+
+    names = set(inspect.signature(verbs.bench).parameters)
+    assert {*remote.HERE_ONLY, *remote.FILES} <= names
+    assert {name for name in names if name.startswith("on")} <= set(remote.HERE_ONLY)
+
+
 def test_the_verb_refuses_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "one of the two" in refusal("bench", "--import", tmp_path / "x.json", "--on", "ssh://host")
     assert "wanted ssh://user@host" in refusal("bench", tiny_bundle, "--on", "host")
@@ -197,7 +208,7 @@ class Said(Ssh):
         super().__init__(remote_ssh.parse("ssh://device"))
         self.out = out
 
-    def run(self, script: str, *, check: bool = True, seconds: float | None = None) -> Done:
+    def run(self, script: str, *, check: bool = True) -> Done:
         return Done(0, self.out, "")
 
 
