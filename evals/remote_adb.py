@@ -65,7 +65,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Counters:
-    """What one process of llama.cpp says of itself. decode_ms: mean of a token."""
+    """What one process of llama.cpp says of itself. decode_ms: mean of a token; prefill holds encode."""
 
     load_ms: float
     encode_ms: float | None
@@ -133,6 +133,7 @@ def _results(
             bundles=(facts.result().model_copy(update={"points": (point,)}),),
             missing=(
                 Reason(what="first text (TTFT)", why="llama-mtmd-cli does not time it whole"),
+                Reason(what="prefill", why="llama.cpp's counter holds the encoding of the image too"),
                 Reason(what="image preprocessing", why="llama-mtmd-cli does not time it"),
                 Reason(what="image tokens", why="llama-mtmd-cli counts them with the prompt's"),
             ),
@@ -184,7 +185,7 @@ def _command(names: Mapping[str, str], question: str, tokens: int, threads: int,
     arguments = [
         *(names["runner"], "-m", names["text_model"], "--mmproj", names["mmproj"], "--image", names["image"]),
         *("-p", question, "-n", str(tokens), "-t", str(threads), "--temp", "0", "--ignore-eos", "--jinja"),
-        *("-lv", "3"),
+        *("-lv", "4"),  # the counters, and what they count
     ]
     mask = sum(1 << core for core in cores)
     return f"taskset {mask:x} {shlex.join(arguments)}" if mask else shlex.join(arguments)
@@ -212,7 +213,6 @@ def _run(adb: Adb, command: str, number: int) -> tuple[Run, Counters]:
         load=Load(cold_ms=found.load_ms),
         times=Times(
             encode_ms=() if found.encode_ms is None else (found.encode_ms,),
-            prefill_ms=(found.prefill_ms,),
             decode_ms=((found.decode_ms,),),
         ),
         memory=Memory(meter="VmHWM", peak_rss_mib=int(peak[1]) / 1024) if peak else None,
