@@ -21,11 +21,12 @@ from evals.agreement import holm
 from evals.bench_conditions import Reason
 from evals.eval_results import ORIGINAL
 from evals.ship_compare_results import Comparison, Family, Finding, Tested, TestedFamily
-from evals.ship_evidence import Evidence, Task
+from evals.ship_evidence import Evidence, Task, unlike
 from evals.ship_gate import CompareRules
 from runtime.errors import InputError
 
 ALPHA = 0.05
+ONLY_NEW = timings.ONLY_NEW
 ALIKE_TASK = (
     "data_sha256", "scorer", "rules", "right_from", "circular", "prompt", "max_new_tokens", "judge",
 )  # fmt: skip
@@ -47,16 +48,18 @@ def compare(
     """
     rules = rules or CompareRules()
     matched, missing = _matched(old, new, pairs or {})
-    tests, unlike = _accuracy(old, new, matched)
-    missing += unlike
-    timed, unlike = timings.tests(old, new, matched, rules)
-    missing += unlike
+    tests, reasons = _accuracy(old, new, matched)
+    missing += reasons
+    timed, reasons = timings.tests(old, new, matched, rules)
+    missing += reasons
     facts = ship_facts.facts(old, new, matched, rules.tolerance)
     if not tests and not timed and not facts:
         why = "; ".join(f"{one.what}: {one.why}" for one in missing) or "they have no bundle in common"
         raise InputError(f"compare: nothing can be compared ({why})")
     judged, families = _judge([*tests, *timed], rules)
-    regressed = any(one.finding == "worse" for one in judged) or any(one.finding == "worse" for one in facts)
+    findings = [one.finding for one in judged] + [one.finding for one in facts]
+    gone = [one for one in missing if one.why != ONLY_NEW]
+    regressed = "worse" in findings or (rules.missing == "fail" and bool(gone))
     return Comparison(
         created=created or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         version=version,
@@ -64,7 +67,7 @@ def compare(
         new=new.sources,
         rules=rules,
         regressed=regressed,
-        headline=words.headline(judged, facts),
+        headline=words.headline(findings, len(gone)),
         sentences=tuple(words.sentences(judged, facts)),
         families=tuple(families),
         tests=tuple(judged),
@@ -94,7 +97,7 @@ def _matched(old: Evidence, new: Evidence, pairs: Mapping[str, str]) -> tuple[di
     if len(bundles[0]) == len(bundles[1]) == 1:  # renamed: there is only one it can be
         found[bundles[0][0]] = bundles[1][0]
         alone = [n for n in alone[0] if n not in found], [n for n in alone[1] if n not in found.values()]
-    sides = zip(alone, ("only in new", "only in old"), strict=True)
+    sides = zip(alone, (ONLY_NEW, "only in old"), strict=True)
     return found, [Reason(what=name, why=why) for names, why in sides for name in names]
 
 
@@ -113,8 +116,8 @@ def _accuracy(old: Evidence, new: Evidence, matched: Mapping[str, str]) -> tuple
     for task in new.tasks:
         known = before.get(task.name)
         if known is None:
-            missing.append(Reason(what=task.name, why="only in new"))
-        elif (key := timings.unlike(known.info, task.info, ALIKE_TASK)) or known.units != task.units:
+            missing.append(Reason(what=task.name, why=ONLY_NEW))
+        elif (key := unlike(known.info, task.info, ALIKE_TASK)) or known.units != task.units:
             missing.append(Reason(what=task.name, why=key or "other questions"))
         else:
             tests += _task_tests(known, task, matched)

@@ -9,13 +9,13 @@ Both sides must have been measured alike: device, governor, power mode, threads,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from evals import ship_change
 from evals.bench_conditions import Reason
 from evals.ship_change import Change, Estimate
 from evals.ship_compare_results import Tested
-from evals.ship_evidence import DeviceSeen, Evidence, Measure, Timing
+from evals.ship_evidence import DeviceSeen, Evidence, Measure, Timing, unlike
 from evals.ship_gate import KINDS, CompareRules
 from runtime.errors import InputError
 
@@ -24,7 +24,8 @@ JUDGED = ("load_warm_ms", "ttft_ms", "decode_ms", "end_to_end_ms", "peak_rss_mib
 SHOWN = ("load_cold_ms", "preprocess_ms", "encode_ms", "prefill_ms")
 """Where it comes from."""
 ALIKE_DEVICE = ("cpu", "architecture", "cores", "governor", "power_mode", "power_source")
-ALIKE_POINT = ("picture", "question", "threads", "decode_tokens")
+ALIKE_POINT = ("picture", "picture_sha256", "question", "threads", "decode_tokens")
+ONLY_NEW = "only in new"
 LABELS: dict[str, str] = {kind.quantity: kind.label for kind in KINDS}
 
 
@@ -54,7 +55,7 @@ def tests(
 
 def _unlike_device(old: DeviceSeen | None, new: DeviceSeen) -> str | None:
     if old is None:
-        return "only in new"
+        return ONLY_NEW
     if old.emulated or new.emulated:
         return f"emulated: {new.emulated_why or old.emulated_why}"
     return unlike(old.sheet, new.sheet, ALIKE_DEVICE)
@@ -69,7 +70,7 @@ def _timing_tests(
         return [], []
     place = f"{new.bundle} on {new.device}, {new.point}"
     if before is None:
-        return [], [Reason(what=place, why="only in new")]
+        return [], [Reason(what=place, why=ONLY_NEW)]
     if why := unlike(before, new, ALIKE_POINT):
         return [], [Reason(what=place, why=why)]
     found, reasons = [], []
@@ -126,12 +127,3 @@ def _controls(
                 if not isinstance(estimates, str):
                     found.setdefault((measure.metric, timing.point), []).append(estimates[1] - estimates[0])
     return {key: ship_change.mean_of(several) for key, several in found.items()}
-
-
-def unlike(old: object, new: object, keys: Sequence[str]) -> str | None:
-    """The first attribute that differs, in words; None when all are equal."""
-    for key in keys:
-        before, now = getattr(old, key), getattr(new, key)
-        if before != now:
-            return f"{key.replace('_', ' ')} differs: {before!s:.80} before, {now!s:.80} now"
-    return None

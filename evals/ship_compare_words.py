@@ -27,12 +27,13 @@ def place_words(one: Tested) -> str:
     return ", ".join(part for part in (one.task, one.variant, one.device, one.point) if part)
 
 
-def headline(tests: Sequence[Tested], facts: Sequence[Fact]) -> str:
-    findings = [one.finding for one in tests] + [one.finding for one in facts]
+def headline(findings: Sequence[str], gone: int) -> str:
+    """gone: how much of what the old side measured could not be compared."""
     worse, better = findings.count("worse"), findings.count("better")
-    if worse:
-        return f"{worse} regression{'s' if worse > 1 else ''}"
-    return f"No regression, {better} improvement{'s' if better > 1 else ''}" if better else "No regression"
+    text = f"{worse} regression{'s' if worse > 1 else ''}" if worse else "No regression"
+    if better and not worse:
+        text += f", {better} improvement{'s' if better > 1 else ''}"
+    return f"{text}, {gone} not compared" if gone else text
 
 
 def sentences(tests: Sequence[Tested], facts: Sequence[Fact]) -> list[str]:

@@ -10,6 +10,7 @@ measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -95,6 +96,7 @@ class Timing(Record):
     bundle: str
     point: str
     picture: str = ""
+    picture_sha256: str | None = None
     question: str
     conditions: str
     threads: Count | None = None
@@ -248,3 +250,12 @@ class Evidence(Record):
     def timings_of(self, device: str, bundle: str) -> list[Timing]:
         """In the order of the grid."""
         return [t for t in self.timings if (t.device, t.bundle) == (device, bundle)]
+
+
+def unlike(old: object, new: object, keys: Sequence[str]) -> str | None:
+    """The first attribute that differs, in words; None when all are equal."""
+    for key in keys:
+        before, now = getattr(old, key), getattr(new, key)
+        if before != now:
+            return f"{key.replace('_', ' ')} differs: {before!s:.80} before, {now!s:.80} now"
+    return None

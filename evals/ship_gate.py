@@ -147,10 +147,13 @@ class Tolerance(Record):
 
 class CompareRules(Record):
     """For `report --compare`. control: bundles measured both times that did not change, runtime included;
-    what happened to them happened to the machine, and is taken off the others' timings."""
+    what happened to them happened to the machine, and is taken off the others' timings. missing fail: what
+    only the old side measured, or measured otherwise, counts as a regression; tell: it is told.
+    """
 
     tolerance: Tolerance = Tolerance()
     control: tuple[str, ...] = ()
+    missing: Literal["tell", "fail"] = "tell"
 
 
 class Gate(Record):

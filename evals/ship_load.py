@@ -31,7 +31,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     eval_results.SCHEMA: eval_results.read,
     parity_results.SCHEMA: parity_results.read,
 }
-SAME_DEVICE = ("cpu", "architecture", "cores")
+SAME_DEVICE = ("cpu", "architecture", "cores", "governor", "power_mode")
 DEPTH = 3
 """How far below a directory files are looked for."""
 
@@ -152,14 +152,10 @@ class _Join:
         if known is None:
             self.devices[device.name] = device
             self.origin["device", device.name] = path.name
-        elif any(
-            getattr(known.sheet, key) != getattr(device.sheet, key)
-            for key in ("cpu", "architecture", "cores")
-        ):
+        elif why := seen.unlike(known.sheet, device.sheet, SAME_DEVICE):
             raise InputError(
-                f"{path}: device {device.name!r} is {device.sheet.cpu} with {device.sheet.cores} cores, "
-                f"in {self.origin['device', device.name]} {known.sheet.cpu} with {known.sheet.cores}; "
-                "two devices need two names"
+                f"{path}: device {device.name!r} is also in {self.origin['device', device.name]}, but {why}; "
+                "two devices, or two modes of one, need two names (bench --device-name)"
             )
         elif known.emulated != device.emulated:
             raise InputError(f"{path}: device {device.name!r} is emulated in one file and real in another")

@@ -56,7 +56,7 @@ def template(name: str, context: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(fmt=fmt, number=words.number, limit=words.limit)
+    environment.globals["fmt"] = fmt
     return environment.get_template(name).render(**context)
 
 

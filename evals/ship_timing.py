@@ -30,6 +30,7 @@ def timing_of(found: BenchResults, result: BundleResult, point: PointResult, bun
         bundle=bundle,
         point=point.point,
         picture=f"{grid.image}{size}" if grid.image else "no picture",
+        picture_sha256=grid.image_sha256,
         question=grid.question,
         conditions=_conditions(found, point),
         threads=found.policy.threads,

@@ -167,6 +167,26 @@ def test_other_questions_are_not_compared(old: Evidence, tmp_path: Path) -> None
     assert "data sha256 differs" in found.not_compared[0].why
 
 
+def test_another_picture_of_the_same_name_is_not_compared(old: Evidence, tmp_path: Path) -> None:
+    found = data.bench()
+    grid = tuple(one.model_copy(update={"image_sha256": data.sha("other")}) for one in found.grid)
+    bench = found.model_copy(update={"grid": grid})
+    compared = ship_compare.compare(old, _evidence(tmp_path / "new", bench=bench, shapes=data.evaluation()))
+    assert not _findings(compared, family="speed")
+    assert "picture sha256 differs" in compared.not_compared[0].why
+
+
+def test_what_only_the_old_side_has_is_told_and_may_fail(old: Evidence, tmp_path: Path) -> None:
+    new = _evidence(tmp_path / "new", bench=data.bench(), more=data.evaluation(task="more"))
+    found = ship_compare.compare(old, new)
+    assert not found.regressed and found.headline == "No regression, 1 not compared"
+    reasons = {(one.what, one.why) for one in found.not_compared}
+    assert reasons == {("shapes", "only in old"), ("more", "only in new")}
+    assert ship_compare.compare(old, new, CompareRules(missing="fail")).regressed
+    same = ship_compare.compare(old, old, CompareRules(missing="fail"))
+    assert not same.regressed
+
+
 def test_too_few_processes_are_told(old: Evidence, tmp_path: Path) -> None:
     new = _evidence(tmp_path / "new", bench=data.bench(processes=2), shapes=data.evaluation())
     found = ship_compare.compare(old, new)

@@ -171,7 +171,10 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
     assert "is also in a.json; give one of both" in told(_bench())
     faster = _bench()
     faster["device"]["cpu"] = "another chip"
-    assert "two devices need two names" in told(faster)
+    assert "cpu differs: CPU of Board A before, another chip now; two devices" in told(faster)
+    saving = _bench()
+    saving["device"]["power_mode"] = "15W"
+    assert "power mode differs: MAXN before, 15W now" in told(saving)
     assert "emulated in one file and real in another" in told(_bench(**EMULATED))
 
 
