@@ -35,7 +35,6 @@ from export.coreml_policy import Policy
 from export.families import check_type
 from export.gguf import workspace
 from export.onnx import Facts, Progress
-from export.quantize_policy import resolve as onnx_policy
 from export.static_decoder import StaticSizes
 from export.targets import Plan, plan_for
 from runtime import bundle
@@ -66,7 +65,8 @@ def export_coreml(
     say("reading the checkpoint")
     check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
     loaded = load(checkpoint)
-    space.check(loaded, dict.fromkeys(targets.values(), onnx_policy("fp16")))  # about the most that one takes
+    parameters = space.stored_parameters(loaded)
+    space.ask((path, _bytes(policies[precision], parameters)) for precision, path in targets.items())
     facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan, trace=False)
     sizes = StaticSizes(facts.context, plan.chunk, plan.masked)
     parts = parts_of(loaded, facts.family, facts.image, sizes)
@@ -76,6 +76,13 @@ def export_coreml(
             with target.staging(path) as staged:
                 work.build(staged, policies[precision], names[precision])
     return list(targets.values())
+
+
+def _bytes(policy: Policy, parameters: int) -> int:
+    """About the most that a bundle takes with what stands beside it meanwhile: its functions apart (two of
+    the decoder) and merged; both again when they are compressed."""
+    width = 2 if policy.base == "float16" else 4
+    return parameters * width * (5 if policy.compresses else 3)
 
 
 @dataclass(frozen=True)

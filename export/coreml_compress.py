@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from export import coreml_convert, coreml_package
 from export.coreml_package import Weight
 from export.coreml_policy import Policy, Scheme, sized
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, MissingExtra
 from runtime.manifest import Fallback
 
 LEAST_PARAMETERS = 1024
@@ -68,8 +69,13 @@ def _choice(weight: Weight, asked: Scheme) -> Choice:
 
 
 def compress(package: Path, choices: list[Choice], out: Path) -> Path:
-    """Write `package` with its weights as chosen to `out`. Raises CheckpointError when one came out other."""
+    """Write `package` with its weights as chosen to `out`. Raises CheckpointError when one came out other.
+
+    Palettes need scikit-learn (MissingExtra).
+    """
     wanted = {each.weight.name: each.scheme for each in choices if each.scheme != "keep"}
+    if any(scheme.startswith("pal") for scheme in wanted.values()) and find_spec("sklearn") is None:
+        raise MissingExtra("scikit-learn", "coreml")
     model = coreml_convert.opened(package)
     ct = coreml_convert.tools()
     optimize = ct.optimize.coreml

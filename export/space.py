@@ -10,7 +10,7 @@ import contextlib
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,19 +46,21 @@ def check(checkpoint: Checkpoint, targets: Mapping[Path, Policy]) -> None:
     `targets`: where each bundle goes. Float parts and float twins stand in the temporary directory meanwhile.
     """
     parameters = stored_parameters(checkpoint)
-    needed: dict[int, tuple[Path, int]] = {}
-
-    def add(path: Path, size: int) -> None:
-        place = _existing(path)
-        device = place.stat().st_dev
-        needed[device] = place, needed.get(device, (place, 0))[1] + size
-
-    for path, policy in targets.items():
-        add(path, bytes_of(policy, parameters))
+    wanted = [(path, bytes_of(policy, parameters)) for path, policy in targets.items()]
     exact = [{rule.scheme for rule in policy.rules} == {"keep"} for policy in targets.values()]
     copies = int(not any(exact)) + int(not all(exact))
     if copies:
-        add(Path(tempfile.gettempdir()), copies * (4 * parameters + _OTHERS))
+        wanted.append((Path(tempfile.gettempdir()), copies * (4 * parameters + _OTHERS)))
+    ask(wanted)
+
+
+def ask(wanted: Iterable[tuple[Path, int]]) -> None:
+    """Raises StateError when so many bytes in these places do not fit on their disks together."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for path, size in wanted:
+        place = _existing(path)
+        device = place.stat().st_dev
+        needed[device] = place, needed.get(device, (place, 0))[1] + size
     for place, size in needed.values():
         free = shutil.disk_usage(place).free
         if free < size:

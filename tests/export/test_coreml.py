@@ -26,7 +26,7 @@ from export.static_decoder import StaticSizes
 from export.targets import plan_for
 from runtime import bundle, conformance
 from runtime.coreml_session import CoremlBackend
-from runtime.errors import CheckpointError, ParityError, PocketError
+from runtime.errors import CheckpointError, MissingExtra, ParityError, PocketError, StateError
 from runtime.generation import GenerationOptions
 from runtime.image import ImageFeatures
 from runtime.manifest import Manifest
@@ -400,6 +400,24 @@ def test_what_coremltools_skips_is_an_error(
     monkeypatch.setattr(optimize, "linear_quantize_weights", lambda model, _: model)
     with pytest.raises(CheckpointError, match="stored as fp16, wanted int8"):
         compress(source, choices, tmp_path / "out.mlpackage")
+
+
+def test_palettes_without_their_library_are_told(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made.work.scratch / "float16" / "decoder-decode.mlpackage"
+    choices = choose(source, "decoder", resolve("pal6"))
+    monkeypatch.setattr("export.coreml_compress.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="scikit-learn is not installed"):
+        compress(source, choices, tmp_path / "out.mlpackage")
+
+
+def test_a_disk_without_room_is_told(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.coreml._bytes", lambda *_: 1 << 60)
+    with pytest.raises(StateError, match="the export needs about"):
+        coreml.export_coreml(tiny_checkpoint, {"fp16": tmp_path / "b"}, names={"fp16": "b"})
 
 
 # --- whole exports ----------------------------------------------------
