@@ -16,13 +16,14 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from evals import bench_import, bench_results
+from evals import bench_import
+from evals.bench import seconds_of
 from evals.bench_results import BenchResults
 from evals.page_server import RESULTS, PageServer
 from runtime import files
@@ -93,6 +94,36 @@ def bench(url: str, bundle: Path, asked: Asked = Asked(), tell: Tell = print) ->
     return results
 
 
+KNOWS = ("--repeats", "--warmup", "--tokens", "--threads", "--providers", "--sustained", "--device-name")
+"""Options of the verb that mean something to a page."""
+
+
+def measure(
+    url: str, bundles: Sequence[Path], values: Mapping[str, Any], given: Sequence[str], tell: Tell = print
+) -> BenchResults:
+    """What the verb does. `values`: its parameters by name; `given`: its options that somebody set.
+
+    Raises InputError on an option that a page does not know, or another number of bundles than one.
+    """
+    if unknown := [flag for flag in given if flag not in KNOWS]:
+        raise InputError(f"{', '.join(unknown)}: not for browser://; a page knows {', '.join(KNOWS)}")
+    if len(bundles) != 1:
+        raise InputError(f"--on browser://: wanted one bundle, got {len(bundles)}")
+    asked = Asked(
+        provider=values["providers"] or "auto",
+        warmup=values["warmup"],
+        repeats=values["repeats"],
+        tokens=values["tokens"],
+        seconds=seconds_of(values["sustained"]),
+        threads=values["threads"],
+    )
+    found = bench(url, bundles[0], asked, tell)
+    name = values["device_name"]
+    if name is None:
+        return found
+    return found.model_copy(update={"device": found.device.model_copy(update={"name": name})})
+
+
 def parse(url: str) -> tuple[str, int, bool]:
     """(host, port, whether the browser is to be started here). Raises InputError."""
     parts = urlsplit(url)
@@ -115,8 +146,8 @@ def find_browser() -> str:
         if found := shutil.which(name):
             return found
     raise InputError(
-        f"--on browser://: {given or 'no Chromium'} is not on the path; set POCKETVLM_BROWSER to one, or give "
-        "browser://HOST:PORT and open the page yourself"
+        f"--on browser://: {given or 'no Chromium'} is not on the path; set POCKETVLM_BROWSER to one, "
+        "or give browser://HOST:PORT and open the page yourself"
     )
 
 
@@ -153,11 +184,7 @@ def _received(
         except TimeoutError:
             if process is not None and process.poll() is not None:
                 raise BrowserError(
-                    f"the browser ended with status {process.returncode} and sent nothing; try its command by hand"
+                    f"the browser ended with status {process.returncode} and sent nothing; "
+                    "try its command by hand"
                 ) from None
     raise BrowserError(f"no results within {seconds:.0f} s; is the page open, and what does it say?")
-
-
-def schema() -> str:
-    """What the page must send."""
-    return bench_results.SCHEMA

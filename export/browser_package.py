@@ -14,6 +14,9 @@ from runtime.errors import BundleError
 from runtime.manifest import Manifest
 
 DIRECTORY = "browser"
+TARGET = "browser"
+"""Bundles exported for this target get the page."""
+
 SOURCE = Path(__file__).parent / "browser"
 
 KNOWN = frozenset(

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from evals.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import calibrate, gate, layout, limits, proof, space, static, storage, target
+from export import browser_package, calibrate, gate, layout, limits, proof, space, static, storage, target
 from export.checkpoint import Checkpoint, load, read_config
 from export.decoder import IR_VERSION
 from export.families import Family, check_type, family_of, without_tiles
@@ -261,6 +261,8 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
         )
     facts.say(f"{precision}: conformance vectors")
     vectors = write_conformance(facts, staged, draft, _LOGIT_SPREAD if exact else _ROUNDED_SPREAD)
+    if draft.target == browser_package.TARGET:
+        browser_package.write(staged, draft)
     bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
     bundle.read(staged)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from export import gate, onnx, space, static, static_files, static_qdq, target
+from export import browser_package, gate, onnx, space, static, static_files, static_qdq, target
 from export.checkpoint import load, read_config
 from export.families import check_type
 from export.onnx import Facts, Progress
@@ -81,6 +81,8 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     facts.say(f"{precision}: conformance vectors")
     spread = onnx._LOGIT_SPREAD if exact else onnx._ROUNDED_SPREAD
     vectors = onnx.write_conformance(facts, staged, found, spread)
+    if found.target == browser_package.TARGET:
+        browser_package.write(staged, found)
     bundle.write(found.model_copy(update={"parity": parity, "conformance": vectors}), staged)
     bundle.read(staged)
 

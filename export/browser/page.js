@@ -1,6 +1,8 @@
 /**
  * The page: loads the bundle that it lies in, asks about a picture, checks and measures itself.
  *
+ * WebGPU is used where there is one and the bundle's conformance vectors come out right on it, else WebAssembly.
+ *
  * In the address: `?provider=auto|webgpu|wasm`, `?threads=4`, `?bundle=../` (where the manifest is), `?run=check` and
  * `?run=bench&post=/results` to do that by itself and send what came of it to the server that gave the page.
  */
@@ -58,16 +60,46 @@ async function open(source, onPart = () => {}) {
   return { session, downloadMs: timed.waitedMs };
 }
 
+/** A session on this provider, opened for the first time in this page; `page.opening` keeps what that took. */
+async function first(source, provider) {
+  const begun = performance.now();
+  page.runtime = await loadOrt(provider, threads);
+  const { session, downloadMs } = await open(source, (role) => say(`Opening ${role}…`));
+  page.opening = { coldMs: performance.now() - begun, downloadMs };
+  return session;
+}
+
 async function start(source) {
   await page.session?.close();
   Object.assign(page, { session: null, asked: false, source });
-  page.runtime ??= await loadOrt(query.get('provider') ?? 'auto', threads);
-  const { session } = await open(source, (role) => say(`Opening ${role}…`));
+  const wanted = query.get('provider') ?? 'auto';
+  let session = await first(source, wanted);
+  let reason = '';
+  if (wanted === 'auto' && page.runtime.provider === 'webgpu') {
+    say('Checking what WebGPU computes…');
+    const wrong = await faults(session);
+    if (wrong) {
+      reason = ` WebGPU is not used: ${wrong}.`;
+      await session.close();
+      session = await first(source, 'wasm');
+    }
+  }
   page.session = session;
+  page.notes = reason ? [reason.trim()] : [];
   $('name').textContent = session.manifest.name;
   document.title = session.manifest.name;
   $('progress').hidden = true;
-  say(`Ready: ${session.manifest.precision}, ${page.runtime.provider}.`);
+  say(`Ready: ${session.manifest.precision}, ${page.runtime.provider}.${reason}`);
+}
+
+/** Why a session does not conform; empty when it does. */
+async function faults(session) {
+  try {
+    const { lines } = await check(session);
+    return lines.length ? `${lines.length} differences, such as ${lines[0]}` : '';
+  } catch (error) {
+    return String(error.message ?? error).split('\n')[0];
+  }
 }
 
 async function ask(isFurther) {
@@ -132,12 +164,14 @@ async function measure() {
     tokens: Number(query.get('tokens')) || number('tokens'),
     seconds: Number(query.get('seconds')) || number('seconds'),
   };
-  const found = await benchmark(() => open(page.source), ort, provider, what, settings, (text) => say(`Measuring: ${text}…`));
+  const subjects = { opening: page.opening, open: () => open(page.source), ort, provider };
+  const found = await benchmark(subjects, what, settings, (text) => say(`Measuring: ${text}…`));
+  found.notes.push(...page.notes);
   const blob = new Blob([JSON.stringify(found, null, 1)], { type: 'application/json' });
   URL.revokeObjectURL($('download').href);
   $('download').href = URL.createObjectURL(blob);
   $('download').hidden = false;
-  await start(page.source);
+  page.session = (await open(page.source)).session;
   say('Measured: bench.json is below.');
   return found;
 }

@@ -27,18 +27,13 @@ export class TimedSource {
   }
 }
 
-/** Open twice, the second time with whatever the browser kept of the first. */
-async function load(open) {
-  const before = await memoryMib();
-  let start = performance.now();
-  const first = await open();
-  const cold = performance.now() - start;
-  await first.session.close();
-  start = performance.now();
-  const second = await open();
-  const warm = performance.now() - start;
-  const found = { cold_ms: cold, warm_ms: [warm], download_ms: first.downloadMs, page_cache: 'unknown' };
-  return { session: second.session, load: found, before, after: await memoryMib() };
+/** Open again, with whatever the browser kept of the first time. */
+async function reopen(open, opening) {
+  const start = performance.now();
+  const { session } = await open();
+  const warm = [performance.now() - start];
+  const load = { cold_ms: opening.coldMs, warm_ms: warm, download_ms: opening.downloadMs, page_cache: 'unknown' };
+  return { session, load, loaded: await memoryMib() };
 }
 
 const EMPTY = { preprocess_ms: [], encode_ms: [], prefill_ms: [], ttft_ms: [], decode_ms: [], end_to_end_ms: [] };
@@ -102,27 +97,26 @@ function reasons(memory) {
 }
 
 /**
- * `open()` gives `{session, downloadMs}` of a session that was not open before. `subject`: `{id, image, width, height,
- * question, bytes}`; `settings`: `{warmup, repeats, tokens, seconds}`, the last to ask again and again for so long.
+ * `opening`: `{coldMs, downloadMs}` of the first time in this page; `open()` opens another session. `subject`: `{id,
+ * image, width, height, question, bytes}`; `settings`: `{warmup, repeats, tokens, seconds}`, the last to ask again and
+ * again for so long.
  */
-export async function benchmark(open, ort, provider, subject, settings, onProgress = () => {}) {
+export async function benchmark({ opening, open, ort, provider }, subject, settings, onProgress = () => {}) {
   const started = now();
   const policy = {
     rounds: 1, warmup: settings.warmup, repeats: settings.repeats, decode_tokens: settings.tokens,
     threads: provider === 'wasm' ? ort.env.wasm.numThreads || 1 : null, providers: [provider], interleaved: false,
   };
   onProgress('loading');
-  const { session, load: loaded, before, after } = await load(open);
+  const { session, load, loaded } = await reopen(open, opening);
   const { times, last } = await repeated(session, subject, policy, onProgress);
-  const memory = after === null ? null : {
-    meter: 'measureUserAgentSpecificMemory', base_rss_mib: before, loaded_rss_mib: after,
-  };
+  const memory = loaded === null ? null : { meter: 'measureUserAgentSpecificMemory', loaded_rss_mib: loaded };
   const point = {
     point: subject.id,
     prompt_tokens: last.times.promptTokens,
     image_tokens: last.times.imageTokens,
     decode_tokens: last.ids.length - 1,
-    runs: [{ round: 0, order: 0, started, fresh_process: true, load: loaded, times, memory }],
+    runs: [{ round: 0, order: 0, started, fresh_process: true, load, times, memory }],
     sustained: await sustained(session, subject, policy, settings.seconds),
   };
   const { bytes: _, ...gridPoint } = subject;
