@@ -67,7 +67,7 @@ def compare(
         new=new.sources,
         rules=rules,
         regressed=regressed,
-        headline=words.headline(findings, len(gone)),
+        headline=words.headline(findings, len(gone), strict=rules.missing == "fail"),
         sentences=tuple(words.sentences(judged, facts)),
         families=tuple(families),
         tests=tuple(judged),

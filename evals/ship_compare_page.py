@@ -22,6 +22,7 @@ TITLES: dict[Family, str] = {
     "speed": "Speed and memory",
     "stages": "Stages",
 }
+NOTHING = "Nothing became worse beyond chance"
 ORDER = {"worse": 0, "tolerated": 1, "better": 2, "unchanged": 3, "shown": 4}
 FINDINGS = {
     "worse": "worse", "tolerated": "worse, tolerated", "better": "better",
@@ -52,9 +53,18 @@ def render(found: Comparison) -> str:
         for family, title in TITLES.items()
         if (own := [one for one in found.tests if one.family == family])
     ]
-    return ship_page.template(
-        "ship_compare.html", {"c": found, "groups": groups, "findings": FINDINGS, "tiles": _tiles(found)}
-    )
+    worse = "worse" in [one.finding for one in found.tests] + [one.finding for one in found.facts]
+    verdict = "Regressed" if worse else "Incomplete" if found.regressed else NOTHING
+    head = {
+        "kind": "compare",
+        "first": "tests",
+        "good": not found.regressed,
+        "verdict": verdict,
+        "about": "old against new",
+        **ship_page.top(found.version, found.created, found.headline, found.sentences),
+    }
+    context = {"top": head, "c": found, "groups": groups, "findings": FINDINGS, "tiles": _tiles(found)}
+    return ship_page.template("ship_compare.html", context)
 
 
 def tested_words(one: Tested) -> str:

@@ -27,9 +27,11 @@ def place_words(one: Tested) -> str:
     return ", ".join(part for part in (one.task, one.variant, one.device, one.point) if part)
 
 
-def headline(findings: Sequence[str], gone: int) -> str:
-    """gone: how much of what the old side measured could not be compared."""
+def headline(findings: Sequence[str], gone: int, *, strict: bool = False) -> str:
+    """gone: how much of what the old side measured could not be compared; strict: that counts."""
     worse, better = findings.count("worse"), findings.count("better")
+    if gone and strict and not worse:
+        return f"Incomplete, {gone} not compared"
     text = f"{worse} regression{'s' if worse > 1 else ''}" if worse else "No regression"
     if better and not worse:
         text += f", {better} improvement{'s' if better > 1 else ''}"

@@ -7,6 +7,7 @@ pictures (`evals/ship_charts.py`), the tables' rows (`evals/ship_tables.py`), fi
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def template(name: str, context: dict[str, Any]) -> str:
     return environment.get_template(name).render(**context)
 
 
+def top(version: str, created: str, headline: str, sentences: Sequence[str]) -> dict[str, Any]:
+    """What the head of a page takes from its record."""
+    return {"version": version, "created": created, "headline": headline, "sentences": sentences}
+
+
 def _context(report: Report) -> dict[str, Any]:
     evidence, verdict = report.evidence, report.verdict
     numbers = {one.name: i for i, one in enumerate(evidence.bundles, 1)}
@@ -81,6 +87,14 @@ def _context(report: Report) -> dict[str, Any]:
         "missing": bool(evidence.missing),
     }
     return {
+        "top": {
+            "kind": "report",
+            "first": "limits",
+            "good": verdict.ship,
+            "verdict": "Ship" if verdict.ship else "Do not ship",
+            "about": report.gate.name or "gate.yaml",
+            **top(report.version, report.created, verdict.headline, verdict.sentences),
+        },
         "r": report,
         "v": verdict,
         "e": evidence,

@@ -182,7 +182,8 @@ def test_what_only_the_old_side_has_is_told_and_may_fail(old: Evidence, tmp_path
     assert not found.regressed and found.headline == "No regression, 1 not compared"
     reasons = {(one.what, one.why) for one in found.not_compared}
     assert reasons == {("shapes", "only in old"), ("more", "only in new")}
-    assert ship_compare.compare(old, new, CompareRules(missing="fail")).regressed
+    strict = ship_compare.compare(old, new, CompareRules(missing="fail"))
+    assert strict.regressed and strict.headline == "Incomplete, 1 not compared"
     same = ship_compare.compare(old, old, CompareRules(missing="fail"))
     assert not same.regressed
 
