@@ -116,18 +116,33 @@ class _Handler(SimpleHTTPRequestHandler):
     inbox: queue.Queue[bytes]
     extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}  # noqa: RUF012
 
+    def send_head(self) -> Any:
+        """A file, or 404 for what is no file of a root."""
+        plain = self.path.split("?", 1)[0].split("#", 1)[0]
+        for prefix, root in self.roots:
+            if plain.startswith(prefix):
+                self.directory = str(root)
+                self._inner = "/" + plain[len(prefix) :]
+                return super().send_head() if self._is_inside(root) else self._not_here()
+        return self._not_here()
+
     def translate_path(self, path: str) -> str:
-        """The file of an address; outside of its root, one that is not there."""
-        plain = path.split("?", 1)[0].split("#", 1)[0]
-        prefix, root = next(each for each in self.roots if plain.startswith(each[0]))
-        self.directory = str(root)
-        found = Path(super().translate_path("/" + plain[len(prefix) :])).resolve()
-        inside = found == root or root in found.parents
-        return str(found) + ("/" if plain.endswith("/") else "") if inside else str(root / "\0")
+        """Of an address: its place below the root that it belongs to; of a file name beside it, too."""
+        return super().translate_path(self._inner if path == self.path else path)
+
+    def _is_inside(self, root: Path) -> bool:
+        try:
+            found = Path(super().translate_path(self._inner)).resolve()
+        except ValueError:  # no name of a file, as one with a zero byte
+            return False
+        return found == root or root in found.parents
+
+    def _not_here(self) -> None:
+        self.send_error(HTTPStatus.NOT_FOUND)
 
     def list_directory(self, path: str | os.PathLike[str]) -> None:
         """Directories are not listed."""
-        self.send_error(HTTPStatus.NOT_FOUND)
+        self._not_here()
 
     def end_headers(self) -> None:
         """Every answer is isolated."""

@@ -178,7 +178,8 @@ async function measure() {
 
 /** What the address asks for; what comes of it goes to the page's own server. */
 async function byItself() {
-  const work = { check: conform, bench: measure, ask: () => ask(false) }[query.get('run')];
+  const work = { check: conform, bench: measure }[query.get('run')];
+  if (!work) throw new PocketError(`run: got ${query.get('run')}; choose check or bench`);
   const found = await busy(work);
   const to = query.get('post');
   if (to) await fetch(new URL(to, location.origin), { method: 'POST', body: JSON.stringify(found) });
