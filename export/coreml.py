@@ -19,6 +19,7 @@ from pathlib import Path
 from export import (
     coreml_compress,
     coreml_convert,
+    coreml_decoder,
     coreml_gate,
     coreml_package,
     coreml_policy,
@@ -29,7 +30,6 @@ from export import (
 )
 from export.checkpoint import load, read_config
 from export.coreml_compress import Choice
-from export.coreml_decoder import CONVOLUTIONS
 from export.coreml_parts import ROLES, Parts, parts_of
 from export.coreml_policy import Policy
 from export.families import check_type
@@ -63,8 +63,9 @@ def export_coreml(
     plan = plan or plan_for(None, to="coreml")
     say = progress or (lambda _: None)
     say("reading the checkpoint")
-    check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
+    family = check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
     loaded = load(checkpoint)
+    coreml_decoder.check_shape(family.decoder_shape(loaded), str(checkpoint))  # before the costly steps
     parameters = space.stored_parameters(loaded)
     space.ask((path, _bytes(policies[precision], parameters)) for precision, path in targets.items())
     facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan, trace=False)
@@ -223,11 +224,11 @@ def states(decoder: coreml_package.Function) -> tuple[StateTensor, ...]:
         StateTensor(
             input=name,
             output=name,
-            kind="conv" if name == CONVOLUTIONS else "kv",
+            kind="conv" if name == coreml_decoder.CONVOLUTIONS else "kv",
             dtype=kind.dtype,  # type: ignore[arg-type]
             shape=tuple(int(size or 0) for size in kind.shape),
-            sequence_axis=None if name == CONVOLUTIONS else _SEQUENCE_AXIS,
-            rewindable=name != CONVOLUTIONS,
+            sequence_axis=None if name == coreml_decoder.CONVOLUTIONS else _SEQUENCE_AXIS,
+            rewindable=name != coreml_decoder.CONVOLUTIONS,
             in_place=True,
             padding_side="right",
         )

@@ -52,7 +52,7 @@ def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     *before, last, normalise, layout = spec.operations
     if isinstance(last, GridTiles) and isinstance(last.whole, SmartResize):
         raise InputError(
-            "portable-static: tiles and a whole view of any size differ in shape; add --no-split"
+            "fixed shapes: tiles and a whole view of any size differ in shape; add --no-split"
         )
     if not isinstance(last, SmartResize):
         return spec
