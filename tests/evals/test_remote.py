@@ -355,15 +355,19 @@ def test_pip_takes_the_wheel(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_sshd
 def test_a_venv_of_its_own(
-    server: Server, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+    server: Server, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     """From nothing: venv, wheel and backend by pip (needs a package registry), small, and used again."""
-    folder, out = tmp_path / "device", tmp_path / "bench.json"
-    asked = ("bench", tiny_bundle, "--on", server.url, "--on-dir", folder, *QUICK, "--out", out)
-    arguments = [sys.executable, "-m", "pocketvlm", *map(str, asked)]
-    subprocess.run(arguments, env=environment, check=True, timeout=900, cwd=remote_wheel.ROOT)
+    monkeypatch.setenv("PATH", server.path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    server.client()
+    wheel = remote_wheel.write(tmp_path)
+    monkeypatch.setattr(remote_wheel, "write", lambda folder: Path(shutil.copy(wheel, folder)))
+    folder, request = tmp_path / "device", Request((tiny_bundle,), QUICK)
+    found = remote.bench(server.url, request, Settings(folder=str(folder)), lambda line: None)
+    assert found.device.packages["pocketvlm"] == remote_wheel.version(wheel)
     files = [path for path in (folder / "venv").rglob("*") if path.is_file() and not path.is_symlink()]
     assert sum(path.stat().st_size for path in files) <= 220_000_000
     stamp = (folder / "venv/.pocketvlm").stat().st_mtime_ns
-    subprocess.run(arguments, env=environment, check=True, timeout=300, cwd=remote_wheel.ROOT)
+    remote.bench(server.url, request, Settings(folder=str(folder)), lambda line: None)
     assert (folder / "venv/.pocketvlm").stat().st_mtime_ns == stamp
