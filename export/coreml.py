@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def export_coreml(
     plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate."""
+    """Write one bundle per precision in `targets`. Raises PocketError; see the gate."""
     policies = {precision: coreml_policy.resolve(precision) for precision in targets}
     for path in targets.values():
         target.check(path)
@@ -73,8 +74,9 @@ def export_coreml(
     parts = parts_of(loaded, facts.family, facts.image, sizes)
     with workspace(next(iter(targets.values()))) as scratch:
         work = Work(facts, parts, scratch)
-        for precision, path in targets.items():
-            with target.staging(path) as staged:
+        # what is not compressed first: the others are held against it
+        for precision in sorted(targets, key=lambda each: policies[each].compresses):
+            with target.staging(targets[precision]) as staged:
                 work.build(staged, policies[precision], names[precision])
     return list(targets.values())
 
@@ -114,6 +116,10 @@ class Work:
         swift_package.write(staged, draft)
         facts.say(f"{policy.name}: parity gate")
         parity = coreml_gate.check(facts, staged, draft, policy, plain)
+        if not policy.compresses and policy.base not in self._plain:
+            kept = self.scratch / f"plain-{policy.base}"
+            shutil.copytree(staged / "coreml", kept / "coreml")
+            self._plain[policy.base] = kept, draft
         facts.say(f"{policy.name}: conformance vectors")
         vectors = onnx.write_conformance(facts, staged, draft, coreml_gate.SPREAD)
         bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)

@@ -389,6 +389,9 @@ def test_a_compressed_bundle_is_audited_not_limited(made: Made, tmp_path: Path) 
     assert any("crashes of the Neural Engine" in note for note in manifest.notes)
     assert any(note.startswith("note: decoder: palettes") for note in notes)
     assert "fp16: parity gate of what will be compressed" in notes
+    notes.clear()
+    work.build(tmp_path / "again", resolve("int8"), "tiny")
+    assert not [note for note in notes if note.startswith("fp16")], "it passed once"
 
 
 def test_what_coremltools_skips_is_an_error(
