@@ -114,15 +114,17 @@ class Ssh:
                 "ssh: not found here; install OpenSSH's client (Debian: apt install openssh-client)"
             )
         self._folder = tempfile.mkdtemp(prefix="pv-")  # short: a socket's path may have 104 bytes
-        self.connect()
+        try:
+            self.connect()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hang_up()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._leave()
 
     def connect(self) -> None:
         """Open the shared connection anew; ssh may ask a terminal for a passphrase or about a host key."""
@@ -215,6 +217,11 @@ class Ssh:
 
     def _is_down(self) -> bool:
         return self._master is None or self._master.poll() is not None
+
+    def _leave(self) -> None:
+        self._hang_up()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _hang_up(self) -> None:
         if self._master is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -138,11 +139,15 @@ def test_a_shell_that_greets_is_not_heard(client: Server) -> None:
         ("client", "changed", "its host key has changed"),
     ],
 )
-def test_wrong_keys(client: Server, key: str, known: str, words: str) -> None:
+def test_wrong_keys(
+    client: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, known: str, words: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     client.client(key=key, known=known)
     with pytest.raises(DeviceError, match=words) as caught, Ssh(parse(client.url)):
         pass
     assert not isinstance(caught.value, ConnectionLost)
+    assert list(tmp_path.glob("pv-*")) == []
     assert (client.folder / "empty").read_text() == "", "an unknown host key was accepted"
 
 
