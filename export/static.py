@@ -51,9 +51,7 @@ def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     """
     *before, last, normalise, layout = spec.operations
     if isinstance(last, GridTiles) and isinstance(last.whole, SmartResize):
-        raise InputError(
-            "fixed shapes: tiles and a whole view of any size differ in shape; add --no-split"
-        )
+        raise InputError("fixed shapes: tiles and a whole view of any size differ in shape; add --no-split")
     if not isinstance(last, SmartResize):
         return spec
     cells = last.factor // (spec.tokens.patch * spec.tokens.merge)
