@@ -17,7 +17,7 @@ ARGS ?=
 WORKERS ?= 2
 
 DEMO_EXTRAS := distill,export,onnx,report
-DEV_EXTRAS := $(DEMO_EXTRAS),dev
+DEV_EXTRAS := $(DEMO_EXTRAS),coreml,dev
 
 # Waiting threads sleep instead of burning the core that another thread needs.
 export OMP_WAIT_POLICY := PASSIVE

@@ -15,8 +15,8 @@ CORE = ("numpy", "pillow", "pydantic", "tokenizers", "typer", "rich")
 EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("onnx", ("onnxruntime",)),
     ("gguf", ("gguf", "llama-cpp-python")),
-    ("coreml", ("coremltools",)),
-    ("report", ("jinja2", "matplotlib", "openpyxl")),
+    ("coreml", ("coremltools", "scikit-learn")),
+    ("report", ("jinja2", "matplotlib", "openpyxl", "pyyaml")),
     (
         "distill",
         (
