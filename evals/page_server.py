@@ -9,9 +9,11 @@ cross-origin isolation let the page have shared memory and a fine clock.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
+import sys
 import threading
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from runtime import bundle as bundle_files
-from runtime.errors import InputError
+from runtime.errors import InputError, PocketError
 
 RESULTS = "/results"
 MODULE = "ort.wasm.min.mjs"
@@ -163,3 +165,28 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Silence: the page says what it does."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve a bundle's page until interrupted; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m evals.page_server", description=main.__doc__)
+    parser.add_argument("bundle", type=Path, help="a bundle exported with --target browser")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0: other machines, too (default: this one)"
+    )
+    parser.add_argument("--port", type=int, default=8000)
+    given = parser.parse_args(arguments)
+    try:
+        with PageServer(given.bundle, given.host, given.port) as server:
+            print(server.address, flush=True)
+            threading.Event().wait()
+    except PocketError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
