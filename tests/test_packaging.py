@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import tomllib
 import typer
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import pocketvlm
+from distill import settings
 from runtime import installation
 from tests import modules as module_list
 
@@ -184,6 +186,18 @@ def test_the_dockerfile_copies_what_is_there() -> None:
     assert {f"!{name}" for name in copied} <= set((ROOT / ".dockerignore").read_text().splitlines())
     stages = re.findall(r"^FROM \S+ AS (\w+)$", "\n".join(lines), re.MULTILINE)
     assert {"server", "device"} <= set(stages)
+
+
+def test_the_compose_file_builds_a_stage_and_its_recipe_lines_are_read() -> None:
+    """What its comment tells a recipe to say is what the recipe's own models accept."""
+    text = (ROOT / "compose.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+    stages = re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert services["distil"]["build"]["target"] in stages
+    assert services["distil"]["command"][0] in typer.main.get_group(pocketvlm.app).commands
+    lines = yaml.safe_load("\n".join(re.findall(r"^#   (pool: .*|judge: .*)$", text, re.MULTILINE)))
+    assert settings.Pool.model_validate(lines["pool"]).engine.url == lines["judge"]["url"]  # type: ignore[union-attr]
+    assert settings.ModelJudge.model_validate(lines["judge"]).given
 
 
 def test_the_licence_is_the_one_declared() -> None:
