@@ -89,7 +89,9 @@ def bench(
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option(metavar="ssh://USER@HOST|adb://SERIAL", help="Measure on that device instead."),
+        typer.Option(
+            metavar="ssh://USER@HOST|adb://SERIAL|browser://", help="Measure on that device instead."
+        ),
     ] = None,
     on_dir: Annotated[
         str | None, typer.Option(help="Folder there, absolute or below home; default: .cache/pocketvlm.")

@@ -7,7 +7,9 @@
  * `?run=bench&post=/results` to do that by itself and send what came of it to the server that gave the page.
  */
 import { benchmark, TimedSource } from './reader/bench.js';
-import { BundleFiles, check, FolderSource, HttpSource, PocketError, readCases, readPicture, Session } from './reader/index.js';
+import {
+  BundleFiles, check, FolderSource, HttpSource, PocketError, readCases, readPicture, Session,
+} from './reader/index.js';
 import { loadOrt } from './web_ort.js';
 
 const $ = (id) => document.getElementById(id);
@@ -118,11 +120,14 @@ async function ask(isFurther) {
   const options = { onText, signal: controller.signal };
   page.asked = false;
   const question = $('question').value;
-  const found = await (isFurther ? page.session.askFurther(question, bytes, options) : page.session.ask(question, bytes, options));
+  const { session } = page;
+  const found = await (isFurther ? session.askFurther(question, bytes, options) : session.ask(question, bytes, options));
   Object.assign(page, { asked: true, picture: file });
   const { ttftMs, decodeMs, promptTokens } = found.times;
-  const rate = decodeMs.length ? `, ${((1000 * decodeMs.length) / decodeMs.reduce((a, b) => a + b)).toFixed(1)} tokens/s` : '';
-  $('cost').textContent = `${promptTokens} tokens in, ${found.ids.length} out, first text after ${ttftMs.toFixed(0)} ms${rate} (${found.finish})`;
+  const spent = decodeMs.reduce((sum, each) => sum + each, 0);
+  const parts = [`${promptTokens} tokens in`, `${found.ids.length} out`, `first text after ${ttftMs.toFixed(0)} ms`];
+  if (spent) parts.push(`${((1000 * decodeMs.length) / spent).toFixed(1)} tokens/s`);
+  $('cost').textContent = `${parts.join(', ')} (${found.finish})`;
   say('Ready.');
   return found;
 }
@@ -206,7 +211,7 @@ try {
   await busy(async () => {
     const source = httpSource(total);
     const { manifest } = await BundleFiles.open(source);
-    page.bytes = manifest.parts.reduce((sum, part) => sum + part.data.reduce((all, file) => all + file.bytes, part.bytes), 0);
+    page.bytes = manifest.parts.flatMap((part) => [part, ...part.data]).reduce((sum, file) => sum + file.bytes, 0);
     await start(source);
   });
   if (query.has('run')) await byItself();

@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+import pocketvlm
 from evals import page_server, remote, remote_browser
 from evals.page_server import PageServer
 from evals.remote_browser import Asked, BrowserError
@@ -164,6 +166,25 @@ def test_options_that_a_page_does_not_know(with_page: Path) -> None:
     with pytest.raises(InputError, match="wanted one bundle, got 2"):
         remote_browser.measure("browser://", [with_page, with_page], {}, [])
     assert set(remote_browser.KNOWS).isdisjoint(remote.HERE_ONLY)
+
+
+def test_the_verb_hands_its_options_over(with_page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, Path, Asked]] = []
+
+    def instead(url: str, directory: Path, asked: Asked, tell: remote_browser.Tell) -> None:
+        seen.append((url, directory, asked))
+        raise BrowserError("far enough")
+
+    monkeypatch.setattr(remote_browser, "bench", instead)
+    options = ["--tokens", "5", "--repeats", "2", "--warmup", "0", "--sustained", "2m", "--threads", "3"]
+    command = ["bench", str(with_page), "--on", "browser://", *options, "--providers", "wasm"]
+    result = CliRunner().invoke(pocketvlm.app, command)
+    assert (result.exit_code, result.stderr) == (2, "pocketvlm: far enough\n")
+    wanted = Asked("wasm", warmup=0, repeats=2, tokens=5, seconds=120, threads=3)
+    assert seen == [("browser://", with_page, wanted)]
+    result = CliRunner().invoke(pocketvlm.app, [*command[:4], "--rounds", "2"])
+    assert result.exit_code == 2
+    assert "--rounds: not for browser://" in result.stderr
 
 
 def test_a_browser_that_is_not_there_or_ends(

@@ -8,8 +8,8 @@ const MOST_WAIT_MS = 20_000;
 
 /** 'Chrome 156' from a user agent; names that others pretend to be come last. */
 function browserName(agent) {
-  const known = [['Edg', 'Edge'], ['OPR', 'Opera'], ['Firefox', 'Firefox'], ['HeadlessChrome', 'Chrome'], ['Chrome', 'Chrome']];
-  for (const [mark, name] of known) {
+  const known = { Edg: 'Edge', OPR: 'Opera', Firefox: 'Firefox', HeadlessChrome: 'Chrome', Chrome: 'Chrome' };
+  for (const [mark, name] of Object.entries(known)) {
     const found = agent.match(new RegExp(`${mark}/(\\d+)`));
     if (found) return `${name} ${found[1]}`;
   }

@@ -39,7 +39,8 @@ export class Engine {
       }
       const isDecoder = part.role.startsWith('decoder');
       if (isDecoder && providers[0] === 'webgpu' && !manifest.fixed) {
-        options.preferredOutputLocation = Object.fromEntries(manifest.states.map((each) => [each.output, 'gpu-buffer']));
+        const outputs = manifest.states.map((each) => [each.output, 'gpu-buffer']);
+        options.preferredOutputLocation = Object.fromEntries(outputs);
       }
       engine.#runs.set(part.role, { part, session: await engine.#create(part, bytes, options) });
     }
@@ -51,13 +52,16 @@ export class Engine {
     try {
       session = await this.#ort.InferenceSession.create(bytes, options);
     } catch (error) {
-      throw new PocketError(`${part.path}: onnxruntime cannot open it (${String(error.message ?? error).split('\n')[0]})`);
+      const [reason] = String(error.message ?? error).split('\n');
+      throw new PocketError(`${part.path}: onnxruntime cannot open it (${reason})`);
     }
     const differing = [
       ...part.inputs.filter(({ name }) => !session.inputNames.includes(name)),
       ...part.outputs.filter(({ name }) => !session.outputNames.includes(name)),
     ];
-    if (differing.length) throw new PocketError(`${part.path}: has no ${differing[0].name}, which the manifest lists; re-export`);
+    if (differing.length) {
+      throw new PocketError(`${part.path}: has no ${differing[0].name}, which the manifest lists; re-export`);
+    }
     return session;
   }
 

@@ -9,7 +9,8 @@ import { PocketError } from './errors.js';
 const SIGNATURE = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
 const [GRAY, RGB, PALETTE, GRAY_ALPHA, RGBA] = [0, 2, 3, 4, 6];
 const CHANNELS = { [GRAY]: 1, [RGB]: 3, [PALETTE]: 1, [GRAY_ALPHA]: 2, [RGBA]: 4 };
-const DEPTHS = { [GRAY]: [1, 2, 4, 8, 16], [RGB]: [8, 16], [PALETTE]: [1, 2, 4, 8], [GRAY_ALPHA]: [8, 16], [RGBA]: [8, 16] };
+const DEEP = [8, 16];
+const DEPTHS = { [GRAY]: [1, 2, 4, ...DEEP], [RGB]: DEEP, [PALETTE]: [1, 2, 4, 8], [GRAY_ALPHA]: DEEP, [RGBA]: DEEP };
 /** Adam7: first column, first row, step of columns, step of rows. */
 const PASSES = [[0, 0, 8, 8], [4, 0, 8, 8], [0, 4, 4, 8], [2, 0, 4, 4], [0, 2, 2, 4], [1, 0, 2, 2], [0, 1, 1, 2]];
 
