@@ -171,9 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve a bundle's page until interrupted; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m evals.page_server", description=main.__doc__)
     parser.add_argument("bundle", type=Path, help="a bundle exported with --target browser")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 for other machines, too"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines, too")
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args(arguments)
     try:
