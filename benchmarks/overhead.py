@@ -30,8 +30,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evals import bench_child, bench_grid, device, paired, system
-from evals.bench_task import Task
+from evals import paired
+from evals.bench import bench_child, bench_grid, device, system
+from evals.bench.bench_task import Task
 from runtime import answering
 from runtime.session import Session
 

@@ -36,7 +36,7 @@ from distill.demo.demo_recipe import LabelTraining, Recipe
 from evals import easy_vqa
 from evals.accuracy import AccuracyResult, compare_methods, evaluate
 from evals.easy_vqa import Question
-from evals.parity import ParityCase, compare
+from evals.parity.parity import ParityCase, compare
 from export import auto, auto_data, onnx, target
 from export.auto_data import examples
 from export.checkpoint import load

@@ -25,7 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evals import ship_compare, ship_report, stats
+from evals import stats
+from evals.ship import ship_compare, ship_report
 from tests.evals import ship_data as data
 
 PROBE = (

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from evals.accuracy import AccuracyResult, Item, Prediction
-from evals.bench_facts import mean_bits
-from evals.latency import Measured
+from evals.bench.bench_facts import mean_bits
+from evals.bench.latency import Measured
 from evals.results import Agreement, Bundle, Example, ExampleAnswer, Parity, Part, Score
 from runtime import bundle as bundles
 

@@ -1,7 +1,7 @@
 """Serves a bundle and its page to browsers, as a page needs it that runs WebAssembly on several threads.
 
 In: a bundle directory with `browser/` in it. Out: an address, and what the page sends back. Not here: the
-page (`export/browser`), starting a browser (`evals/remote_browser.py`).
+page (`export/browser`), starting a browser (`evals/remote/remote_browser.py`).
 
 Only files of the bundle are given out, and those of onnxruntime-web below `/browser/ort/`. The two headers of
 cross-origin isolation let the page have shared memory and a fine clock.

@@ -1,6 +1,6 @@
 """Meters that a Linux machine may have: processor counters, power rails, tegrastats, a battery.
 
-In: /sys. Out: a `Meter`, or the reason why there is none. Not here: what runs meanwhile (`evals/energy.py`).
+In: /sys. Out: a `Meter`, or the reason why there is none. Not here: what runs meanwhile (`bench/energy.py`).
 
 A counter is read twice and costs nothing between. A power gauge is read ten times a second by a thread, and
 its watts are integrated by trapezoids. What sees the whole board is taken first, the processor's own last.
@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from evals.bench_conditions import EnergySource
-from evals.system import HERE, Roots, number, text
+from evals.bench.bench_conditions import EnergySource
+from evals.bench.system import HERE, Roots, number, text
 
 GAUGE_S = 0.1
 WHOLE_BOARD = ("VDD_IN", "POM_5V_IN", "VIN", "VDD_TOTAL")

@@ -1,7 +1,7 @@
 """Everything a report shows: the contract of `report/results.json`.
 
 In: plain values from the stages. Out: one validated `Results`, written and read as JSON.
-Not here: measuring (`evals/accuracy.py`, `evals/latency.py`) and drawing (`evals/charts.py`, `report.py`).
+Not here: measuring (`evals/accuracy.py`, `bench/latency.py`) and drawing (`evals/charts.py`, `report.py`).
 
 Shares are 0..1, never percent. Units are in the names. A field that is None was not measured; `missing`
 says why. Unknown keys are refused, and so is a number that is not finite, except in training curves,

@@ -1,7 +1,7 @@
 """Small statistics for measurements, in numpy and the standard library.
 
 In: counts, 0/1 outcomes, timings. Out: intervals, p-values, percentiles, flips, ratios.
-Not here: scoring an answer (`evals/scorers.py`), running a model (`evals/accuracy.py`, `evals/latency.py`).
+Not here: scoring an answer (`evals/scorers.py`), running a model (`evals/accuracy.py`, `bench/latency.py`).
 Every interval is two-sided at 95 % unless `z` or `level` says otherwise.
 """
 

@@ -18,8 +18,8 @@ from runtime.errors import InputError
 from runtime.installation import program_version
 
 if TYPE_CHECKING:
-    from evals.bench_results import BenchResults
-    from evals.subjects import Model
+    from evals.asking.subjects import Model
+    from evals.bench.bench_results import BenchResults
 
 app = typer.Typer()
 
@@ -111,15 +111,15 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print bench.json instead of tables.")] = False,
 ) -> None:
     """Measure load, stages, first text, tokens a second, memory, bytes and energy, in fresh processes."""
-    from evals import bench as benches
-    from evals import bench_import, bench_results
+    from evals.bench import bench as benches
+    from evals.bench import bench_import, bench_results
 
     if results is not None and on is not None:
         raise InputError("--import and --on: one of the two; results are read, or measured on a device")
     if results is not None:
         found = bench_import.read(results, bundles or ())
     elif on is not None:
-        from evals import remote
+        from evals.remote import remote
 
         settings = remote.Settings(on_dir or remote.FOLDER, on_python, on_wheels, on_clean)
         with Progress("bench") as progress:
@@ -181,7 +181,7 @@ def _print_bench(found: BenchResults, *, to_stderr: bool = False) -> None:
     """With --out the path is what goes to stdout."""
     from rich.console import Console
 
-    from evals.bench import lines, tables
+    from evals.bench.bench import lines, tables
 
     console = Console(highlight=False, markup=False, stderr=to_stderr)
     for table in tables(found):
@@ -245,7 +245,9 @@ def evaluate(
     """Ask models a task's questions: scores with intervals, flips, parity; paths of the results on stdout."""
     from rich.console import Console
 
-    from evals import brittleness, eval_command, eval_tables, parity_table
+    from evals.asking import eval_command, eval_tables
+    from evals.parity import parity_table
+    from evals.variants import brittleness
 
     console = Console(stderr=True, highlight=False, markup=False)
     request = eval_command.Request(
@@ -323,7 +325,7 @@ def report(
 
     Exit code 0: ship, or nothing became worse; 1: do not ship, or something did; 2: an error.
     """
-    from evals import ship_command
+    from evals.ship import ship_command
 
     if pair and not compare:
         raise InputError("--pair: is for --compare, which was not given")

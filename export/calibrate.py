@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from evals.parity import ParityCase
+from evals.parity.parity import ParityCase
 from export import gptq, storage
 from export.passes import constant
 from runtime.errors import InputError

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from evals.subjects import checkpoint_sha256
+from evals.asking.subjects import checkpoint_sha256
 from evals.torch_session import quiet_transformers
 from runtime.errors import CheckpointError, MissingExtra
 

@@ -1,7 +1,7 @@
 """The gate of Core ML bundles: the packages on disk, evaluated, must reproduce the checkpoint.
 
 In: packages just written, the checkpoint's reference session. Out: measured figures, or a ParityError that
-says what broke. Not here: the measuring (`evals/parity.py`), the audit of compressed weights
+says what broke. Not here: the measuring (`evals/parity/parity.py`), the audit of compressed weights
 (`coreml_audit.py`), what all formats are shown (`gate_cases.py`).
 
 The packages are read back and evaluated by the runtime's own reader, which shares no code with the exporter

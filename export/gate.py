@@ -1,7 +1,7 @@
 """The gate: the written parts, run as a device runs them, must reproduce the checkpoint.
 
 In: a session over files just written, and the checkpoint's reference session. Out: measured figures, or a
-ParityError that says which figure broke which limit. Not here: the measuring (`evals/parity.py`), the
+ParityError that says which figure broke which limit. Not here: the measuring (`evals/parity/parity.py`), the
 proof about rounded weights (`audit.py`), what is shown (`gate_cases.py`) and allowed (`gate_limits.py`).
 
 Order: prompt ids, pixels, image features, teacher-forced logits over prefill and decode steps, a conversation
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from evals.parity import NEAR_TIE, ParityCase, ParityResult, Steps, compare
+from evals.parity.parity import NEAR_TIE, ParityCase, ParityResult, Steps, compare
 from evals.torch_session import TorchSession
 from export import audit, gate_batch, gate_turns, proof, storage
 from export.calibrate import Calibration

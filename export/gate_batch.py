@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.parity import ParityCase
+from evals.parity.parity import ParityCase
 from runtime.image import ImageFeatures, join_features
 from runtime.manifest import ImageAttention, StateTensor
 from runtime.onnx_session import OnnxBackend

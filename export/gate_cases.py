@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from evals.parity import ParityCase, greedy_forced
+from evals.parity.parity import ParityCase, greedy_forced
 from evals.torch_session import TorchSession
 from export import proof
 from runtime.errors import InputError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.parity import ParityCase
+from evals.parity.parity import ParityCase
 from evals.torch_session import TorchSession, quiet_transformers
 from export import prompts, proof
 from export.prompts import Message

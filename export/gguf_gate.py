@@ -1,7 +1,7 @@
 """The gate of GGUF bundles: llama.cpp on the written files must reproduce the checkpoint.
 
 In: files just written, the checkpoint's reference session. Out: measured figures, or a ParityError that says
-what broke. Not here: the measuring (`evals/parity.py`), the ONNX gate (`gate.py`).
+what broke. Not here: the measuring (`evals/parity/parity.py`), the ONNX gate (`gate.py`).
 
 In this order: tokenizer on many texts; the prompt's segments; pixels up to where llama.cpp takes over; image
 features; logits on the checkpoint's own features, which hold the text model alone to a narrow limit; logits
@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 from tokenizers import Tokenizer
 
-from evals.parity import ParityResult, compare
+from evals.parity.parity import ParityResult, compare
 from export import gate, proof
 from export.gate import Limit
 from export.onnx import Facts

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evals.parity import ParityCase, forced_logits
+from evals.parity.parity import ParityCase, forced_logits
 from evals.torch_session import TorchSession
 from export.families.gguf import text_name
 from export.gguf_plan import Plan

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from evals.parity import ParityCase
+from evals.parity.parity import ParityCase
 from evals.torch_session import TorchSession
 from export import browser_package, calibrate, gate, layout, limits, proof, space, static, storage, target
 from export.checkpoint import Checkpoint, load, read_config

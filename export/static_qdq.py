@@ -24,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from evals.parity import ParityCase, forced_logits
+from evals.parity.parity import ParityCase, forced_logits
 from export import audit
 from export import quantize as rules
 from export.passes import add_initializer, constant

@@ -3,7 +3,7 @@
     PocketError
     |-- BundleError     a bundle is damaged, incomplete or needs an operation this runtime does not know
     |-- CheckpointError a directory is no checkpoint, or one that cannot be handled
-    |-- DeviceError     a device cannot be reached or used (evals/remote_ssh.py)
+    |-- DeviceError     a device cannot be reached or used (evals/remote/remote_ssh.py)
     |-- InputError      an image, question or option cannot be used
     |   `-- SampleError     one sample of a data set (distill/inputs/data.py)
     |-- MissingExtra    an optional dependency is not installed

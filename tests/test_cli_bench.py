@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from evals import bench, bench_grid, bench_results, bench_summary
 from evals import results as contract
-from evals.bench_results import BenchResults
+from evals.bench import bench, bench_grid, bench_results, bench_summary
+from evals.bench.bench_results import BenchResults
 from runtime import conformance
 from runtime.errors import BundleError, InputError
 from tests.cli import call, refusal

@@ -16,8 +16,9 @@ import runtime
 from distill import jobs
 from distill.demo.demo_recipe import Recipe
 from distill.jobs import Job
-from evals import accuracy, easy_vqa, latency
+from evals import accuracy, easy_vqa
 from evals.accuracy import AccuracyResult
+from evals.bench import latency
 from evals.easy_vqa import Question
 from evals.results import Missing
 from runtime import files

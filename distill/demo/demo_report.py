@@ -1,7 +1,7 @@
 """The demo's answers and its report: what was measured, put into the report's contract.
 
 In: a finished run's directories and `work/*.json`. Out: `work/answers/`, `report/`.
-Not here: drawing the page (`evals/report.py`), timing a bundle (`evals/latency.py`).
+Not here: drawing the page (`evals/report.py`), timing a bundle (`evals/bench/latency.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from distill.demo import demo, demo_bundles, pool
 from distill.demo.demo import KD, MASTERS, SFT
 from distill.demo.demo_recipe import Recipe
 from distill.demo.plans import NORMS_EVERY
-from evals import accuracy, easy_vqa, gather, latency, scorers
+from evals import accuracy, easy_vqa, gather, scorers
 from evals.accuracy import AccuracyResult
-from evals.device import describe
+from evals.bench import latency
+from evals.bench.device import describe
 from evals.records import Agreement, Comparison, Score
 from evals.report import write_report
 from evals.results import (

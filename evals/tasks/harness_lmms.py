@@ -1,7 +1,7 @@
 """lmms-eval's rules, so that a score here is the score there.
 
 In: a response, the options or the fields of the document. Out: what the rule reads, and a score in [0, 1].
-Not here: prompts (`prompts.py`), how scores are averaged (`evals/eval_summary.py`), judges.
+Not here: prompts (`prompts.py`), how scores are averaged (`evals/asking/eval_summary.py`), judges.
 
 Written from the behaviour of lmms-eval (MIT and Apache-2.0) where no judge model is asked, its quirks
 included, and compared with it on fixtures (docs/tasks.md). Where the harness draws an option at random

@@ -1,7 +1,7 @@
 """A task's questions: the contract between what reads them, what changes them and what asks them.
 
 In: plain values. Out: `Question` and `Task`, frozen. Not here: files (`formats.py`, `catalogue.py`), scores
-(`scoring.py`), variants (`evals/variants.py`), asking (`evals/eval_run.py`).
+(`scoring.py`), variants (`evals/variants/variants.py`), asking (`evals/asking/eval_run.py`).
 
 A question has all it needs to be asked and scored, so that a variant is a function from questions to
 questions: `dataclasses.replace(question, prompt=...)` or `images=...`.

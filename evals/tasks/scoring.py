@@ -1,7 +1,7 @@
 """One answer's score: the rules by name, ours and the harnesses'.
 
 In: a question with its references, a response. Out: `Scored`: 0..1, and what was read. Not here: the rules
-themselves (`evals/scorers.py`, `harness_vlmevalkit.py`, `harness_lmms.py`), judges (`evals/eval_judge.py`).
+themselves (`evals/scorers.py`, `harness_vlmevalkit.py`, `harness_lmms.py`), judges (`asking/eval_judge.py`).
 """
 
 from __future__ import annotations

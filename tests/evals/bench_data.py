@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evals import bench_summary
-from evals.bench_results import BenchResults
+from evals.bench import bench_summary
+from evals.bench.bench_results import BenchResults
 
 DEVICE = {"name": "board", "cpu": "chip", "architecture": "aarch64", "cores": 4, "os": "Linux"}
 

@@ -12,12 +12,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evals import bench_results, eval_results, parity_results, stats
-from evals.bench_results import BenchResults
-from evals.eval_results import ORIGINAL, EvalResults, TaskInfo
-from evals.parity_results import ParityResults
-from evals.ship_evidence import Answered, BundleFacts, DeviceSeen, Evidence, SubjectSeen, Task
-from evals.ship_timing import timing_of
+from evals import stats
+from evals.asking import eval_results
+from evals.asking.eval_results import ORIGINAL, EvalResults, TaskInfo
+from evals.bench import bench_results
+from evals.bench.bench_results import BenchResults
+from evals.parity import parity_results
+from evals.parity.parity_results import ParityResults
+from evals.ship.ship_evidence import Answered, BundleFacts, DeviceSeen, Evidence, SubjectSeen, Task
+from evals.ship.ship_timing import timing_of
 
 Rights: TypeAlias = "np.ndarray[Any, Any]"
 CREATED = "2026-11-22T09:00:00+00:00"

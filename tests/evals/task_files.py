@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from evals.subjects import Model
+from evals.asking.subjects import Model
 from runtime.errors import InputError
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from evals import bench_import, bench_results
-from evals.bench_results import BenchResults
+from evals.bench import bench_import, bench_results
+from evals.bench.bench_results import BenchResults
 from runtime.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def changed(*path: str | int, to: Any) -> dict[str, Any]:
 def test_the_published_schema_is_the_code_s() -> None:
     published = (ROOT / "docs" / "bench.schema.json").read_text()
     assert published == bench_results.json_schema(), (
-        "run: python -m evals.bench_results > docs/bench.schema.json"
+        "run: python -m evals.bench.bench_results > docs/bench.schema.json"
     )
 
 

@@ -15,10 +15,18 @@ from typing import Any
 
 import pytest
 
-from evals import bench_facts, bench_grid, bench_import, bench_process, bench_results, bench_run, emulation
-from evals.bench_process import Kept
-from evals.bench_results import BenchResults, Policy
-from evals.bench_task import Outcome, Task
+from evals.bench import (
+    bench_facts,
+    bench_grid,
+    bench_import,
+    bench_process,
+    bench_results,
+    bench_run,
+    emulation,
+)
+from evals.bench.bench_process import Kept
+from evals.bench.bench_results import BenchResults, Policy
+from evals.bench.bench_task import Outcome, Task
 from runtime import bundle as bundles
 from runtime import conformance
 from runtime.errors import BundleError, InputError, PocketError
@@ -116,7 +124,7 @@ def test_the_measuring_process_loads_no_torch(tiny_bundle: Path) -> None:
     image, question = bench_grid.subject(tiny_bundle, None, None)
     task = Task(kind="latency", bundle=str(tiny_bundle), image=str(image), question=question, threads=1)
     code = (
-        "import sys; from evals import bench_child; from evals.bench_task import Task; "
+        "import sys; from evals import bench_child; from evals.bench.bench_task import Task; "
         f"bench_child.run(Task.model_validate_json({task.model_dump_json()!r})); "
         "print([name for name in ('torch', 'transformers', 'matplotlib', 'jinja2') if name in sys.modules])"
     )
@@ -227,7 +235,7 @@ def test_a_killed_bench_takes_its_process_with_it(tiny_bundle: Path) -> None:
         kind="sustained", bundle=str(tiny_bundle), image=str(image), question=question, threads=1, seconds=300
     )
     code = (
-        "import subprocess; from evals import bench_process; from evals.bench_task import Task; "
+        "import subprocess; from evals import bench_process; from evals.bench.bench_task import Task; "
         "start = subprocess.Popen.__init__\n"
         "def told(self, *a, **k):\n    start(self, *a, **k); print(self.pid, flush=True)\n"
         "subprocess.Popen.__init__ = told\n"
@@ -256,7 +264,7 @@ def test_what_is_no_task_is_told_by_the_process(tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text('{"kind": "sleep"}')
     for arguments in ([], ["task.json", "out.json"]):
         done = subprocess.run(
-            [sys.executable, "-m", "evals.bench_child", *arguments],
+            [sys.executable, "-m", "evals.bench.bench_child", *arguments],
             capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import bench_notes, bench_summary, ceilings
-from evals.bench_conditions import Bandwidth, Disturbance
-from evals.bench_results import BenchResults, Roofline, Run, Times
+from evals.bench import bench_notes, bench_summary, ceilings
+from evals.bench.bench_conditions import Bandwidth, Disturbance
+from evals.bench.bench_results import BenchResults, Roofline, Run, Times
 from tests.evals import bench_data
 
 POSITIVE = st.floats(0.001, 1e6)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals import brittleness
-from evals.eval_results import EvalResults, Given, Question, Subject, TaskInfo, Variant
+from evals.asking.eval_results import EvalResults, Given, Question, Subject, TaskInfo, Variant
+from evals.variants import brittleness
 
 Scores = dict[str, dict[str, list[float]]]
 

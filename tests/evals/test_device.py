@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evals import device, process_memory, system
-from evals.system import Roots
+from evals.bench import device, process_memory, system
+from evals.bench.system import Roots
 
 
 def tree(root: Path, contents: dict[str, str]) -> Roots:

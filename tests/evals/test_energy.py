@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import energy, power
-from evals.bench_conditions import EnergySource
+from evals import power
+from evals.bench import energy
+from evals.bench.bench_conditions import EnergySource
 from evals.power import Counter, Gauge
 from tests.evals.test_device import tree
 
@@ -177,8 +178,8 @@ def test_a_bundle_s_energy_through_the_measuring_process(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real answers; the meter takes each decoded token, which the session tells, for a joule."""
-    from evals import bench_child, bench_grid
-    from evals.bench_task import Task
+    from evals.bench import bench_child, bench_grid
+    from evals.bench.bench_task import Task
     from runtime.session import Session
 
     device, decode = Physics(idle_watt=0.0), Session.decode

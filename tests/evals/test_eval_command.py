@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evals import eval_results
+from evals.asking import eval_results
 from tests.cli import call, refusal
 from tests.evals.task_files import png, write_jsonl, write_tsv
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from evals import eval_results
-from evals.eval_results import EvalResults, Given, Question, Subject, Summary, TaskInfo, Variant
+from evals.asking import eval_results
+from evals.asking.eval_results import EvalResults, Given, Question, Subject, Summary, TaskInfo, Variant
 from runtime.errors import StateError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,7 +53,7 @@ def results(**changes: object) -> EvalResults:
 def test_the_schema_is_published() -> None:
     published = (ROOT / "docs" / "eval.schema.json").read_text()
     assert published == eval_results.json_schema(), (
-        "run: python -m evals.eval_results > docs/eval.schema.json"
+        "run: python -m evals.asking.eval_results > docs/eval.schema.json"
     )
 
 

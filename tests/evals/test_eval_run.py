@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from evals import eval_judge, eval_layouts, eval_results, eval_run
-from evals.eval_results import ORIGINAL, EvalResults, Variant
-from evals.subjects import describe_all
+from evals.asking import eval_judge, eval_layouts, eval_results, eval_run
+from evals.asking.eval_results import ORIGINAL, EvalResults, Variant
+from evals.asking.subjects import describe_all
 from evals.tasks.catalogue import open_task
 from evals.tasks.question import Question, Task
 from runtime.errors import InputError, StateError

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import eval_summary, stats
-from evals.eval_results import EvalResults, Given, Question, Subject, TaskInfo, Variant
+from evals import stats
+from evals.asking import eval_summary
+from evals.asking.eval_results import EvalResults, Given, Question, Subject, TaskInfo, Variant
 from evals.tasks.question import Question as Asked
 from evals.tasks.question import Task
 from tests.evals.task_files import png

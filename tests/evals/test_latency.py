@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evals import latency
 from evals.accuracy import compare_answers, evaluate, split_margins
+from evals.bench import latency
 from evals.easy_vqa import Question, load
 from evals.gather import bundle_record
 from evals.records import Latency

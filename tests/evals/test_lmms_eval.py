@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals.lmms_eval_requests import generation_options, pictures_of, turns
-from evals.parity import forced_logits, log_softmax
+from evals.asking.lmms_eval_requests import generation_options, pictures_of, turns
+from evals.parity.parity import forced_logits, log_softmax
 from runtime.errors import InputError
 from runtime.generation import GenerationOptions
 from runtime.session import open_bundle
@@ -155,7 +155,7 @@ def test_the_real_harness_gets_the_bundle_s_own_answers(tiny_bundle: Path, local
         out = local_tasks / f"out-{task}"
         done = subprocess.run(
             [
-                HARNESS, "-m", "evals.lmms_eval_model", "--model", "pocketvlm",
+                HARNESS, "-m", "evals.asking.lmms_eval_model", "--model", "pocketvlm",
                 "--model_args", f"bundle={tiny_bundle},threads=1", "--include_path", str(local_tasks),
                 "--tasks", task, "--batch_size", "1", "--log_samples", "--output_path", str(out), *more,
             ],

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evals.parity import ParityCase, compare, greedy_forced, kl_rows
+from evals.parity.parity import ParityCase, compare, greedy_forced, kl_rows
 from evals.torch_session import TorchSession
 from runtime.errors import CheckpointError, InputError
 from runtime.generation import GenerationOptions

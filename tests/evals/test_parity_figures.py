@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals import parity_figures as figures
-from evals.parity import kl_rows
-from evals.parity_pixels import NO_NORM, Pixels, diff, with_pixels
-from evals.parity_side import positions
+from evals.parity import parity_figures as figures
+from evals.parity.parity import kl_rows
+from evals.parity.parity_pixels import NO_NORM, Pixels, diff, with_pixels
+from evals.parity.parity_side import positions
 from runtime.errors import InputError
 from runtime.image import PreparedImage, View
 

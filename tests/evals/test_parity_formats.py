@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals import parity_run, parity_table, subjects
-from evals.parity_results import Candidate, ParityResults
-from evals.parity_run import Settings
+from evals.asking import subjects
+from evals.parity import parity_run, parity_table
+from evals.parity.parity_results import Candidate, ParityResults
+from evals.parity.parity_run import Settings
 from evals.tasks.question import Question, Task
 from tests.checkpoints import FAMILIES
 

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals import parity_results, parity_run, parity_table, subjects
-from evals.parity_results import ParityResults
-from evals.parity_run import Settings
-from evals.parity_side import Kept, label_ids
+from evals.asking import subjects
+from evals.parity import parity_results, parity_run, parity_table
+from evals.parity.parity_results import ParityResults
+from evals.parity.parity_run import Settings
+from evals.parity.parity_side import Kept, label_ids
 from evals.tasks.question import Question, Task
 from evals.torch_session import TorchSession
 from runtime import bundle as bundles
@@ -374,7 +375,7 @@ def test_few_questions_are_spread_over_images(task: Task) -> None:
 def test_the_schema_is_published() -> None:
     published = (ROOT / "docs" / "parity.schema.json").read_text()
     assert published == parity_results.json_schema(), (
-        "run: python -m evals.parity_results > docs/parity.schema.json"
+        "run: python -m evals.parity.parity_results > docs/parity.schema.json"
     )
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from evals import bench_results, remote, remote_job, remote_setup, remote_ssh, remote_wheel
-from evals.remote import Request, Settings
-from evals.remote_ssh import DeviceError, Done, Ssh
+from evals.bench import bench_results
+from evals.remote import remote, remote_job, remote_setup, remote_ssh, remote_wheel
+from evals.remote.remote import Request, Settings
+from evals.remote.remote_ssh import DeviceError, Done, Ssh
 from runtime.errors import BundleError, InputError
 from tests.cli import call, refusal
 from tests.evals import sshd

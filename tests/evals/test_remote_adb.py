@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from evals import remote_adb, remote_phone
-from evals.bench_conditions import CoreCluster
-from evals.remote_adb import Asked, read_counters
-from evals.remote_ssh import DeviceError
+from evals.bench.bench_conditions import CoreCluster
+from evals.remote import remote_adb, remote_phone
+from evals.remote.remote_adb import Asked, read_counters
+from evals.remote.remote_ssh import DeviceError
 from runtime.errors import InputError
 
 LOG = """\

@@ -21,9 +21,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pocketvlm
-from evals import page_server, remote, remote_browser
+from evals import page_server
 from evals.page_server import PageServer
-from evals.remote_browser import Asked, BrowserError
+from evals.remote import remote, remote_browser
+from evals.remote.remote_browser import Asked, BrowserError
 from export import browser_package
 from runtime import bundle as bundles
 from runtime.errors import InputError

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from evals import remote_job, remote_setup, remote_sync
-from evals.remote_job import State
-from evals.remote_setup import Facts
-from evals.remote_ssh import ConnectionLost, DeviceError, Ssh, Target, explain, parse
+from evals.remote import remote_job, remote_setup, remote_sync
+from evals.remote.remote_job import State
+from evals.remote.remote_setup import Facts
+from evals.remote.remote_ssh import ConnectionLost, DeviceError, Ssh, Target, explain, parse
 from runtime.errors import InputError
 from tests.evals import sshd
 from tests.evals.sshd import Server

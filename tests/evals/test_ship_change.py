@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from evals import ship_change, stats
-from evals.ship_change import Change, Estimate
+from evals import stats
+from evals.ship import ship_change
+from evals.ship.ship_change import Change, Estimate
 
 Rounds = list[list[float]]
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals import ship_compare, ship_compare_page, ship_compare_results, ship_load, ship_markdown
-from evals.ship_compare_results import Comparison
-from evals.ship_evidence import Evidence
-from evals.ship_gate import CompareRules, Tolerance
+from evals.ship import ship_compare, ship_compare_page, ship_compare_results, ship_load, ship_markdown
+from evals.ship.ship_compare_results import Comparison
+from evals.ship.ship_evidence import Evidence
+from evals.ship.ship_gate import CompareRules, Tolerance
 from runtime.errors import InputError
 from tests.evals import ship_data as data
 
@@ -45,7 +45,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
 def test_the_published_schema_is_the_code_s() -> None:
     published = (ROOT / "docs" / "compare.schema.json").read_text()
     assert published == ship_compare_results.json_schema(), (
-        "run: python -m evals.ship_compare_results > docs/compare.schema.json"
+        "run: python -m evals.ship.ship_compare_results > docs/compare.schema.json"
     )
 
 

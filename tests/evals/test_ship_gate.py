@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from evals import ship_checks, ship_gate, ship_load
-from evals.ship_evidence import Evidence
-from evals.ship_gate import Gate, Rule
-from evals.ship_results import Check
+from evals.ship import ship_checks, ship_gate, ship_load
+from evals.ship.ship_evidence import Evidence
+from evals.ship.ship_gate import Gate, Rule
+from evals.ship.ship_results import Check
 from runtime.errors import InputError
 from tests.evals import ship_data as data
 
@@ -45,7 +45,7 @@ def _check(
 
 def test_the_published_schema_is_the_code_s() -> None:
     published = (ROOT / "docs" / "gate.schema.json").read_text()
-    assert published == ship_gate.json_schema(), "run: python -m evals.ship_gate > docs/gate.schema.json"
+    assert published == ship_gate.json_schema(), "run: python -m evals.ship.ship_gate > docs/gate.schema.json"
 
 
 def test_the_example_is_a_gate() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from evals import bench_results, ship_charts, ship_load, ship_markdown, ship_report, ship_results
-from evals.ship_charts import Candidate
-from evals.ship_gate import Gate, Rule
-from evals.ship_results import Report
+from evals.bench import bench_results
+from evals.ship import ship_charts, ship_load, ship_markdown, ship_report, ship_results
+from evals.ship.ship_charts import Candidate
+from evals.ship.ship_gate import Gate, Rule
+from evals.ship.ship_results import Report
 from runtime.errors import InputError, PocketError
 from tests.cli import call, refusal
 from tests.evals import ship_data as data
@@ -217,7 +218,7 @@ def test_an_empty_directory_says_what_to_do(tmp_path: Path) -> None:
 def test_the_published_schema_is_the_code_s() -> None:
     published = (ROOT / "docs" / "report.schema.json").read_text()
     assert published == ship_results.json_schema(), (
-        "run: python -m evals.ship_results > docs/report.schema.json"
+        "run: python -m evals.ship.ship_results > docs/report.schema.json"
     )
 
 
@@ -297,7 +298,7 @@ def test_a_state_is_never_told_by_colour_alone(written: Path) -> None:
 
 
 def test_pictures_are_kept_within_their_room(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    from evals import ship_page
+    from evals.ship import ship_page
 
     monkeypatch.setattr(ship_page, "MOST_PICTURE_BYTES", 3_000)
     small = ship_page.render(report)

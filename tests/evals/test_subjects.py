@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evals import subjects
+from evals.asking import subjects
 from evals.torch_session import TorchSession
 from export.checkpoint import load
 from runtime.errors import BundleError, InputError

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals import bandwidth, sustained
-from evals.bench_results import Sustained
-from evals.system import Roots
+from evals.bench import bandwidth, sustained
+from evals.bench.bench_results import Sustained
+from evals.bench.system import Roots
 from runtime.errors import InputError
 from tests.evals.test_device import CPU, tree
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from evals import emulation, telemetry
-from evals.system import Roots
-from evals.telemetry import Sample
+from evals.bench import emulation, telemetry
+from evals.bench.system import Roots
+from evals.bench.telemetry import Sample
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_tegrastats_lines_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program.chmod(0o755)
     out = tmp_path / "telemetry.jsonl"
     child = subprocess.Popen(
-        [sys.executable, "-m", "evals.telemetry", out, "--interval", "0.2"],
+        [sys.executable, "-m", "evals.bench.telemetry", out, "--interval", "0.2"],
         env={**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"},
     )
     for _ in range(300):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals import variants
-from evals.eval_results import Variant
+from evals.asking.eval_results import Variant
 from evals.tasks import builtin
 from evals.tasks.question import Question, Task, given, opened, picture_sha256
+from evals.variants import variants
 from runtime.errors import InputError
 
 

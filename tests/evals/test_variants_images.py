@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evals.variants_images import CONTRAST, CORRUPTIONS, DEGREES, NOISE, corrupted
+from evals.variants.variants_images import CONTRAST, CORRUPTIONS, DEGREES, NOISE, corrupted
 
 NAMES = [one.name for one in CORRUPTIONS]
 

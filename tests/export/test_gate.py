@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from evals.parity import compare
+from evals.parity.parity import compare
 from export import gate
 from export.passes import add_initializer, constant
 from runtime.errors import ParityError, PocketError

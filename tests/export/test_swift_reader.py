@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from evals import bench_results
+from evals.bench import bench_results
 from export import export_checkpoint, swift_package
 from export.targets import plan_for
 from runtime.generation import GenerationOptions

@@ -1,0 +1,1 @@
+"""`pocketvlm eval`: models asked a task's questions, and what came of it."""

@@ -1,0 +1,1 @@
+"""How near a bundle's numbers are to its checkpoint's."""

@@ -1,0 +1,1 @@
+"""`pocketvlm bench --on`: the same bench on a device behind ssh or adb."""

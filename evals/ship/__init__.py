@@ -1,0 +1,1 @@
+"""`pocketvlm report`: the page that decides whether to ship, and the comparison of two."""

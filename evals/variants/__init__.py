@@ -1,0 +1,1 @@
+"""Variants of a task out of its distribution: wordings, corrupted pictures, sizes."""
