@@ -8,6 +8,7 @@ A unit is what counts once: a question, or a circular group, which is as right a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -90,10 +91,12 @@ def mean_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[stats
     if binary and count == len(values):
         return stats.wilson(right, count), "wilson"
     found = stats.bootstrap_difference([0.0] * len(values), values, groups=groups)
-    floor = stats.wilson(right, len(values)) if binary else found
+    held = [found, stats.Interval(mean, mean)]
+    if binary:
+        held.append(stats.wilson(right, len(values)))
     if found.high - found.low < 1e-12:
-        floor = stats.wilson(round(mean * count), count)
-    low, high = min(found.low, floor.low, mean), max(found.high, floor.high, mean)
+        held += [stats.wilson(whole(mean * count), count) for whole in (math.floor, math.ceil)]
+    low, high = min(each.low for each in held), max(each.high for each in held)
     return stats.Interval(max(0.0, low), min(1.0, high)), "bootstrap"
 
 

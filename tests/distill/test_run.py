@@ -372,6 +372,7 @@ def test_teachers_that_grow(world: World, tmp_path: Path) -> None:
     assert told == [(0, 0.0, 4), (1, 0.05, 6), (1, 0.0, 6)]
 
 
+@slow
 def test_teachers_at_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixed weights, weights by accuracy on held-out questions, and random drop differ as they should."""
     from distill.training import parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from evals import stats
@@ -15,6 +15,7 @@ from evals.tasks.question import Task
 from tests.evals.task_files import png
 
 
+@example(pairs=[(0.0, 0), (1.0, 0)], binary=True)
 @given(
     st.lists(st.tuples(st.sampled_from([0.0, 1.0, 0.3]), st.integers(0, 5)), min_size=1, max_size=40),
     st.booleans(),

@@ -123,6 +123,7 @@ def test_results_wait_for_who_asked(
 
 
 @needs_sshd
+@pytest.mark.slow
 def test_a_bench_that_fails_there(
     server: Server, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
 ) -> None:

@@ -202,6 +202,7 @@ def test_from_checkpoint_to_confirmed_bundle(
         auto_quantize(tiny_checkpoint, out, max_drop=60.0, data=data, limit=5)
 
 
+@pytest.mark.slow
 def test_calibrated_precisions_look_at_given_pictures(tiny_checkpoint: Path, tmp_path: Path) -> None:
     write_rows(tmp_path, [{"image": f"p{n}.png"} for n in range(3)])
     lines: list[str] = []

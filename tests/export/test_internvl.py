@@ -74,7 +74,7 @@ def test_a_bundle_sees_and_answers_as_the_checkpoint(facts: onnx.Facts, tmp_path
     assert tiles == {(0, 0), (1, 2), (3, 1), (2, 1)} | tiles and len(tiles) >= 4
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_rounded_bundles_pass_the_gate(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     out = onnx.export_onnx(checkpoint, {precision: tmp_path / "out"}, names={precision: "tiny"})
     assert bundle.read(out[0]).precision == precision

@@ -32,6 +32,7 @@ from tests.export.test_parts import open_model
 
 MAKERS = {**FAMILIES, **VARIANTS}
 NAMES = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
+FIRST_FAST = (NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]))
 GRIDS = ((2, 2), (2, 14), (8, 8), (6, 10), (10, 4), (16, 18))
 """Patches; windows hold 4 x 4 of them (2 x 2 tokens), so that half of these are no multiple."""
 
@@ -90,7 +91,7 @@ def close(found: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
     return all(np.abs(a - b).max() < 1e-5 * np.abs(b).max() for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST_FAST)
 def test_the_vision_graph_takes_any_grid_by_itself(traced: Prepared, name: str) -> None:
     found = traced(name)
     session = open_model(found.graphs["vision_encoder"])
@@ -267,8 +268,8 @@ def test_every_layer_is_packed_and_the_cosines_are_shared(traced: Prepared, name
 # --- the gate ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("name", FIRST_FAST)
 def test_bundles_pass_the_gate(built: Built, name: str, precision: str) -> None:
     manifest = bundle.read(built(name, precision))
     assert isinstance(manifest.positions, PositionsMrope)

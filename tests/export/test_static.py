@@ -431,6 +431,7 @@ def test_other_families_pass_the_gate(name: str, precision: str, tmp_path: Path)
 # --- the command ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_targets_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options = ("--target", "jetson-orin", "--max-context", "160", "--images", "1", "--json")
     done = call("export", tiny_checkpoint, "--out", tmp_path, *options)
