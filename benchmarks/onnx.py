@@ -15,8 +15,7 @@ One checkpoint in the shape of SmolVLM-256M with random weights is converted by 
 round; its interval is a bootstrap over rounds and repeats (`evals/stats.py`).
 
 Decode: int4 weights with the LM head, one token after another, the largest logit taken, after a prompt of
-128 or 1,100 tokens. `ours`: blocks of 64, int8 keys and values; `ours-float-kv`: float keys and values;
-`ours-huge-pages`: memory in huge pages, which glibc asks Linux for by an environment variable.
+128 or 1,100 tokens. `ours`: blocks of 64, int8 keys and values; `ours-float-kv`: float keys and values.
 `genai`: the builder at blocks of 64 (its best here); `genai-default`: its default, blocks of 32. `llama`:
 Q4_0, float16 keys and values. The share of memory bandwidth is (decoder weights + keys and values) / time
 over what `against/onnx_bandwidth.py` reads in the same round.
@@ -58,19 +57,16 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """A script, its options, whether it runs in the peers' environment, environment variables."""
+    """A script, its options, and whether it runs in the peers' environment."""
 
     name: str
     script: str
     options: tuple[object, ...] = ()
     peer: bool = False
-    variables: tuple[tuple[str, str], ...] = ()
 
 
-HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 DECODE = (
     Arm("ours", "ours", ("--model", "int4-b64-kv8")),
-    Arm("ours-huge-pages", "ours", ("--model", "int4-b64-kv8"), variables=(HUGE_PAGES,)),
     Arm("ours-float-kv", "ours", ("--model", "int4-b64")),
     Arm("genai", "genai", ("--model", "genai-64"), peer=True),
     Arm("genai-default", "genai", ("--model", "genai-32"), peer=True),
@@ -102,7 +98,6 @@ class Bench:
         script = HERE / "against" / f"onnx_{arm.script}.py"
         command = [python, script, self.work, *arm.options, "--threads", threads, *more]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        environment.update(arm.variables)
         print(f"{arm.name} threads {threads} {' '.join(map(str, more))}", file=sys.stderr)
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
