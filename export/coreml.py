@@ -34,7 +34,6 @@ from export.coreml_compress import Choice
 from export.coreml_parts import ROLES, Parts, parts_of
 from export.coreml_policy import Policy
 from export.families import check_type
-from export.gguf import workspace
 from export.onnx import Facts, Progress
 from export.static_decoder import StaticSizes
 from export.targets import Plan, plan_for
@@ -72,7 +71,7 @@ def export_coreml(
     facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan, trace=False)
     sizes = StaticSizes(facts.context, plan.chunk, plan.masked)
     parts = parts_of(loaded, facts.family, facts.image, sizes)
-    with workspace(next(iter(targets.values()))) as scratch:
+    with target.workspace(next(iter(targets.values()))) as scratch:
         work = Work(facts, parts, scratch)
         # what is not compressed first: the others are held against it
         for precision in sorted(targets, key=lambda each: policies[each].compresses):

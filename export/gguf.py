@@ -9,11 +9,9 @@ own runtime. The vision model stays at 8 bits or more.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +28,7 @@ from export.gguf_source import Source, open_source
 from export.gguf_write import write
 from export.onnx import Facts, Progress
 from export.targets import Plan
-from runtime import bundle, files
+from runtime import bundle
 from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec, ToBytes
 from runtime.manifest import Fallback, Manifest, Part
@@ -72,22 +70,12 @@ def export_gguf(
         load(checkpoint), sample_images, say, image_required=image_required, plan=plan, trace=False
     )
     facts = replace(facts, image=as_bytes(facts.image), geometry=facts.image)
-    with workspace(next(iter(targets.values()))) as scratch:
+    with target.workspace(next(iter(targets.values()))) as scratch:
         work = Work(facts, found, request or Request(), scratch)
         for kind, path in targets.items():
             with target.staging(path) as staged:
                 work.build(staged, check(kind), names[kind])
     return list(targets.values())
-
-
-@contextlib.contextmanager
-def workspace(first: Path) -> Iterator[Path]:
-    """A directory for what several types need. It lies beside the first bundle under such a name that the
-    next export of that bundle removes what a killed one left."""
-    first.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f"{files.TEMP_PREFIX}{first.name}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=first.parent) as scratch, files.lock(Path(scratch)):
-        yield Path(scratch)
 
 
 def plan_files(checkpoint: Path) -> Files:

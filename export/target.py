@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +59,13 @@ def _remove_stale(path: Path) -> None:
     for stale in path.parent.glob(f"{files.TEMP_PREFIX}{path.name}-*"):
         with contextlib.suppress(StateError), files.lock(stale):  # held: another export is running
             shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def workspace(first: Path) -> Iterator[Path]:
+    """A directory for what several types need. It lies beside the first bundle under such a name that the
+    next export of that bundle removes what a killed one left."""
+    first.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{files.TEMP_PREFIX}{first.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=first.parent) as scratch, files.lock(Path(scratch)):
+        yield Path(scratch)

@@ -124,7 +124,7 @@ def test_the_measuring_process_loads_no_torch(tiny_bundle: Path) -> None:
     image, question = bench_grid.subject(tiny_bundle, None, None)
     task = Task(kind="latency", bundle=str(tiny_bundle), image=str(image), question=question, threads=1)
     code = (
-        "import sys; from evals import bench_child; from evals.bench.bench_task import Task; "
+        "import sys; from evals.bench import bench_child; from evals.bench.bench_task import Task; "
         f"bench_child.run(Task.model_validate_json({task.model_dump_json()!r})); "
         "print([name for name in ('torch', 'transformers', 'matplotlib', 'jinja2') if name in sys.modules])"
     )
@@ -235,7 +235,7 @@ def test_a_killed_bench_takes_its_process_with_it(tiny_bundle: Path) -> None:
         kind="sustained", bundle=str(tiny_bundle), image=str(image), question=question, threads=1, seconds=300
     )
     code = (
-        "import subprocess; from evals import bench_process; from evals.bench.bench_task import Task; "
+        "import subprocess; from evals.bench import bench_process; from evals.bench.bench_task import Task; "
         "start = subprocess.Popen.__init__\n"
         "def told(self, *a, **k):\n    start(self, *a, **k); print(self.pid, flush=True)\n"
         "subprocess.Popen.__init__ = told\n"

@@ -84,7 +84,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from evals import eval_run
+from evals.asking import eval_run
 from tests.evals.task_files import Script, told
 from tests.evals.test_eval_run import right, task
 

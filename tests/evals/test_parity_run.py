@@ -253,7 +253,7 @@ def test_kill_9_costs_one_question(
     script.write_text(
         "import pickle, sys\n"
         "from pathlib import Path\n"
-        "from evals import parity_run, subjects\n"
+        "from evals.asking import subjects\nfrom evals.parity import parity_run\n"
         "models = subjects.describe_all([Path(one) for one in sys.argv[2:4]])\n"
         "task = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
         "out, settings = Path(sys.argv[4]), parity_run.Settings(max_tokens=6, threads=1)\n"

@@ -27,7 +27,7 @@ from runtime.mil import Program
 from tests.checkpoints import FAMILIES, VARIANTS
 
 SIZES = StaticSizes(context=64, chunk=8)
-FAST = ("smolvlm", "lfm2_vl")
+FAST = tuple(FAMILIES)
 NAMES = [
     pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
     for name in (*FAMILIES, "internvl_qwen3", "qwen2_vl")
