@@ -9,11 +9,13 @@ Shares are 0..1, never percent. Units are in the names. A field that is None was
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evals import stats
+from runtime.errors import PocketError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -24,6 +26,24 @@ class Record(BaseModel):
     """Base of every record: immutable, unknown keys refused, numbers finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(path: Path, kind: type[R], fault: type[PocketError], wanted: str, again: str) -> R:
+    """The record in a JSON file. Raises `fault` naming the file, the first fault, what was wanted and what to
+    do `again`."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise fault(f"{path}: cannot be read ({error.strerror}); {again}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise fault(
+            f"{path}: {where}: {first['msg']} ({error.error_count()} faults); {wanted}: {again}"
+        ) from error
 
 
 class Score(Record):

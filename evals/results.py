@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from evals.records import (
     Agreement,
@@ -30,6 +30,7 @@ from evals.records import (
     Record,
     Score,
     Share,
+    read_record,
 )
 from runtime import files
 from runtime.errors import StateError
@@ -300,16 +301,6 @@ def write(results: Results, path: Path) -> Path:
 
 def read(path: Path) -> Results:
     """Read results.json. Raises StateError naming the file and the first fault."""
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise StateError(
-            f"{path}: cannot be read ({error.strerror}); run the measuring stage again"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StateError(
-            f"{path}: {where}: {first['msg']} ({error.error_count()} faults); "
-            "it was written by another version: run the measuring stage again"
-        ) from error
+    return read_record(
+        path, Results, StateError, "it was written by another version", "run the measuring stage again"
+    )

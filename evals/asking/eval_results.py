@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from evals.records import Amount, Count, Record, Share
+from evals.records import Amount, Count, Record, Share, read_record
 from evals.results import Missing
 from runtime import files
 from runtime.errors import StateError
@@ -243,17 +243,13 @@ def write(results: EvalResults, path: Path) -> Path:
 
 def read(path: Path) -> EvalResults:
     """Read eval.json. Raises StateError naming the file and the first fault."""
-    try:
-        return EvalResults.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise StateError(f"{path}: cannot be read ({error.strerror}); run `pocketvlm eval` again") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StateError(
-            f"{path}: {where}: {first['msg']} ({error.error_count()} faults); "
-            f"wanted {SCHEMA} (docs/eval.schema.json): run `pocketvlm eval` again"
-        ) from error
+    return read_record(
+        path,
+        EvalResults,
+        StateError,
+        f"wanted {SCHEMA} (docs/eval.schema.json)",
+        "run `pocketvlm eval` again",
+    )
 
 
 def json_schema() -> str:

@@ -15,10 +15,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from evals.asking.eval_results import Sha256
-from evals.records import Amount, Count, Record, Share
+from evals.records import Amount, Count, Record, Share, read_record
 from evals.results import Missing
 from runtime import files
 from runtime.errors import StateError
@@ -198,19 +198,13 @@ def write(results: ParityResults, path: Path) -> Path:
 
 def read(path: Path) -> ParityResults:
     """Read parity.json. Raises StateError naming the file and the first fault."""
-    try:
-        return ParityResults.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise StateError(
-            f"{path}: cannot be read ({error.strerror}); run `pocketvlm eval --parity` again"
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StateError(
-            f"{path}: {where}: {first['msg']} ({error.error_count()} faults); "
-            f"wanted {SCHEMA} (docs/parity.schema.json): run `pocketvlm eval --parity` again"
-        ) from error
+    return read_record(
+        path,
+        ParityResults,
+        StateError,
+        f"wanted {SCHEMA} (docs/parity.schema.json)",
+        "run `pocketvlm eval --parity` again",
+    )
 
 
 def json_schema() -> str:

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from evals.records import Count, Record
+from evals.records import Count, Record, read_record
 from evals.ship.ship_evidence import Evidence
 from evals.ship.ship_gate import Gate
 from runtime import files
@@ -109,17 +109,13 @@ def write(report: Report, path: Path) -> Path:
 
 def read(path: Path) -> Report:
     """Read report.json. Raises InputError naming the file and the first fault."""
-    try:
-        return Report.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(
-            f"{path}: {where}: {first['msg']} ({error.error_count()} faults); "
-            f"wanted {SCHEMA} (docs/report.schema.json): make the report again from its files"
-        ) from error
+    return read_record(
+        path,
+        Report,
+        InputError,
+        f"wanted {SCHEMA} (docs/report.schema.json)",
+        "make the report again from its files",
+    )
 
 
 def json_schema() -> str:
