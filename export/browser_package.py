@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime import files
+from export import readers
 from runtime.errors import BundleError
 from runtime.manifest import Manifest
 
@@ -44,6 +44,8 @@ KNOWN = frozenset(
 )
 """Operations that the JavaScript reader carries out; a test compares them with what it says of itself."""
 
+READER = readers.Reader("JavaScript", "page", DIRECTORY, "reader/index.js", KNOWN)
+
 
 def sources() -> tuple[Path, ...]:
     """The page's files, relative to it, sorted; without hidden ones and what npm installs."""
@@ -60,15 +62,4 @@ def write(bundle: Path, manifest: Manifest) -> Path:
     """
     if manifest.format != "onnx":
         raise BundleError(f"{bundle.name}: is {manifest.format}; a browser runs onnx bundles")
-    if unknown := sorted(set(manifest.requires) - KNOWN):
-        raise BundleError(
-            f"{bundle.name}: needs {', '.join(unknown)}, which the JavaScript reader cannot do; "
-            "add it to export/browser or export for another target"
-        )
-    found = sources()
-    if Path("reader/index.js") not in found:
-        raise BundleError("export/browser: this installation lacks the page; install pocketvlm again")
-    out = bundle / DIRECTORY
-    for path in found:
-        files.write_bytes(out / path, (SOURCE / path).read_bytes())
-    return out
+    return readers.put(READER, bundle, manifest, SOURCE, sources())

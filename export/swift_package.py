@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime import files
-from runtime.errors import BundleError
+from export import readers
 from runtime.manifest import Manifest
 
 DIRECTORY = "swift"
@@ -41,6 +40,8 @@ KNOWN = frozenset(
 )
 """Operations that the Swift reader carries out; a test compares them with its source."""
 
+READER = readers.Reader("Swift", "Swift package", DIRECTORY, "Package.swift", KNOWN)
+
 
 def sources() -> tuple[Path, ...]:
     """The package's files, relative to it, sorted. What a build left behind is none of them."""
@@ -54,15 +55,4 @@ def write(bundle: Path, manifest: Manifest) -> Path:
     Raises BundleError when the manifest needs an operation that the Swift reader lacks (it would refuse the
     bundle on the device), or the package's files were not installed.
     """
-    if unknown := sorted(set(manifest.requires) - KNOWN):
-        raise BundleError(
-            f"{bundle.name}: needs {', '.join(unknown)}, which the Swift reader cannot do; "
-            "add it to export/swift or export for another target"
-        )
-    found = sources()
-    if Path("Package.swift") not in found:
-        raise BundleError("export/swift: this installation lacks the Swift package; install pocketvlm again")
-    out = bundle / DIRECTORY
-    for path in found:
-        files.write_bytes(out / path, (SOURCE / path).read_bytes())
-    return out
+    return readers.put(READER, bundle, manifest, SOURCE, sources())
