@@ -17,7 +17,7 @@ from runtime.manifest import Manifest
 
 @dataclass(frozen=True)
 class Reader:
-    """`name`: its language; `sources`: what its files are; `entry`: the one without which it is not installed;
+    """`name`: its language; `sources`: what its files are; `entry`: one that no installation is without;
     `known`: operations that it carries out."""
 
     name: str
@@ -40,7 +40,8 @@ def put(reader: Reader, bundle: Path, manifest: Manifest, source: Path, found: S
         )
     if Path(reader.entry) not in found:
         raise BundleError(
-            f"export/{reader.directory}: this installation lacks the {reader.sources}; install pocketvlm again"
+            f"export/{reader.directory}: this installation lacks the {reader.sources}; "
+            "install pocketvlm again"
         )
     out = bundle / reader.directory
     for path in found:
