@@ -1,7 +1,7 @@
 """Records of where and under what a bench ran: device sheet, disturbance, energy, memory bandwidth.
 
 In: plain values from whatever measured (Python here, a phone, a browser). Out: validated records.
-Not here: reading a machine (`evals/device_sheet.py`, `bench/energy.py`, `bench/bandwidth.py`), the file that
+Not here: reading a machine (`evals/bench/device.py`, `bench/energy.py`, `bench/bandwidth.py`), the file that
 holds them (`evals/bench/bench_results.py`).
 
 A field that is null was not measured or does not exist there. Shares are 0..1. 1 MiB = 1,048,576 bytes,
