@@ -29,6 +29,7 @@ from export.gguf_write import write
 from export.onnx import Facts, Progress
 from export.targets import Plan
 from runtime import bundle
+from runtime.errors import InputError
 from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec, ToBytes
 from runtime.manifest import Fallback, Manifest, Part
@@ -57,9 +58,16 @@ def export_gguf(
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
     plan: Plan | None = None,
+    examples: Sequence[tuple[ImageInput, str]] = (),
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write one bundle per type in `targets`, in that order. Raises PocketError; see the gate."""
+    """Write one bundle per type in `targets`, in that order. Raises PocketError; see the gate.
+
+    `examples`: pictures with questions for the importance matrix, instead of the gate's own.
+    """
+    request = request or Request()
+    if examples and not request.importance:
+        raise InputError("examples: nothing here is calibrated; ask for --imatrix, or leave --data out")
     for kind, path in targets.items():
         check(kind)
         target.check(path)
@@ -67,11 +75,17 @@ def export_gguf(
     say("reading the checkpoint")
     found = plan_files(checkpoint)
     facts = onnx.prepare(
-        load(checkpoint), sample_images, say, image_required=image_required, plan=plan, trace=False
+        load(checkpoint),
+        sample_images,
+        say,
+        image_required=image_required,
+        plan=plan,
+        examples=examples,
+        trace=False,
     )
     facts = replace(facts, image=as_bytes(facts.image), geometry=facts.image)
     with target.workspace(next(iter(targets.values()))) as scratch:
-        work = Work(facts, found, request or Request(), scratch)
+        work = Work(facts, found, request, scratch)
         for kind, path in targets.items():
             with target.staging(path) as staged:
                 work.build(staged, check(kind), names[kind])

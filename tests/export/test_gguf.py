@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
-from export import gguf_gate, llamacpp  # noqa: E402
+from export import export_all, gguf_gate, llamacpp  # noqa: E402
 from export.gguf import export_gguf, plan_files  # noqa: E402
 from export.gguf_kinds import QUANTIZED, Request, TensorRule, check, read_rules  # noqa: E402
 from export.gguf_tokenizer import pre_tokenizer  # noqa: E402
@@ -158,6 +159,19 @@ def test_rules_and_importance(wide: Path, tmp_path: Path) -> None:
     ]
     assert texts[0] != texts[1]
     assert "Not tried" in (plain / "Modelfile").read_text()
+
+
+def test_importance_of_the_user_s_own_questions(wide: Path, tmp_path: Path) -> None:
+    photo = Image.new("RGB", (40, 30), (200, 30, 90))
+    asked: dict[str, Any] = {"to": "gguf", "request": Request(importance=True)}
+    own, gates = tmp_path / "own", tmp_path / "gates"
+    (first,) = export_all(wide, own, ["q4_0"], examples=[(photo, "is it red?")], **asked)
+    (second,) = export_all(wide, gates, ["q4_0"], **asked)
+    texts = [(path / bundle.read(path).part("text_model").path).read_bytes() for path in (first, second)]
+    assert texts[0] != texts[1]
+    with pytest.raises(InputError, match="--imatrix"):
+        export_all(wide, tmp_path / "none", ["q4_0"], to="gguf", examples=[(photo, "is it red?")])
+    assert not (tmp_path / "none").exists()
 
 
 def test_rows_that_do_not_fit_are_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
