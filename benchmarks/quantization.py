@@ -1,6 +1,6 @@
 """What each precision costs on trained weights: one easy-VQA checkpoint of width 256, every precision.
 
-    python benchmarks/quantization.py --out quantization-out [--questions 4000] [--quick]
+    python benchmarks/quantization.py --out quantization-out [--to gguf] [--questions 4000] [--quick]
 
 Random weights say nothing about compression: their int4 looks terrible, and a calibration finds no
 structure. So a checkpoint is trained first, with the demo's own steps, tokenizer and pictures, on all
@@ -8,8 +8,9 @@ training images but the validation ones. Then each precision is exported through
 test questions, greedily, in free text. The reference is the float32 bundle, which the gate holds against the
 checkpoint.
 
-Markdown on stdout, `results.json` in the output directory, progress on stderr. A step that is done is not
-done again. Calibrated precisions look at validation pictures only; test questions choose nothing.
+Markdown on stdout, `results.json` (GGUF: `results-gguf.json`) in the output directory, progress on stderr. A
+step that is done is not done again. Calibrated precisions look at validation pictures only; test questions
+choose nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,7 +39,8 @@ from evals import easy_vqa
 from evals.accuracy import AccuracyResult, compare_methods, evaluate
 from evals.easy_vqa import Question
 from evals.parity.parity import ParityCase, compare
-from export import auto, auto_data, onnx, target
+from evals.torch_session import TorchSession
+from export import auto, auto_data, export_all, gguf_kinds, onnx, target
 from export.auto_data import examples
 from export.checkpoint import load
 from export.quantize_policy import resolve
@@ -47,6 +50,11 @@ PRECISIONS = (
     "fp32", "fp16", "int8", "int8-blocks", "int4", "int4-b64", "int4-b128",
     "int4-gptq", "int4-b64-gptq", "int4-b128-gptq", "fp32-kv8", "int4-b64-gptq-kv8",
 )  # fmt: skip
+GGUF = (
+    "gguf-f16", "gguf-q8_0",
+    *(f"gguf-{kind}{mark}" for kind in gguf_kinds.QUANTIZED for mark in ("", "-imatrix", "-imatrix-text")),
+)  # fmt: skip
+"""`-imatrix`: columns weighed by prompts with pictures; `-imatrix-text`: by the same without them."""
 KL_QUESTIONS = 64
 CALIBRATION_QUESTIONS = 32
 
@@ -104,24 +112,65 @@ def train(out: Path, recipe: Recipe, setup: Setup) -> Path:
 
 
 def export(out: Path, checkpoint: Path, precisions: Sequence[str]) -> dict[str, Path]:
-    """A bundle for each precision; what is there stays."""
+    """An ONNX bundle for each precision; what is there stays."""
     targets = {each: out / "bundles" / resolve(each).name for each in precisions}
     missing = {each: path for each, path in targets.items() if not (path / bundle.MANIFEST_NAME).exists()}
     if not missing:
         return targets
-    asked = demo.data(out, "train").by_image
-    calibration = [q for image in demo.split(out).validation for q in asked[image]]
     for path in missing.values():
         target.check(path)
-    facts = onnx.prepare(
-        load(checkpoint),
-        (),
-        say,
-        image_required=True,
-        examples=examples(calibration, CALIBRATION_QUESTIONS),
-    )
+    facts = onnx.prepare(load(checkpoint), (), say, image_required=True, examples=calibration(out))
     onnx.write_bundles(facts, missing, {each: path.name for each, path in missing.items()})
     return targets
+
+
+def calibration(out: Path) -> list[tuple[Path, str]]:
+    """Validation pictures with questions."""
+    asked = demo.data(out, "train").by_image
+    return examples([q for image in demo.split(out).validation for q in asked[image]], CALIBRATION_QUESTIONS)
+
+
+def export_gguf(out: Path, checkpoint: Path, precisions: Sequence[str]) -> dict[str, Path]:
+    """A GGUF bundle for each precision; what is there stays."""
+    targets: dict[str, Path] = {}
+    for mark, seen in (("", False), ("-imatrix", True)):
+        kinds = [each.removeprefix("gguf-").removesuffix(mark) for each in precisions if each.endswith(mark)]
+        kinds = [kind for kind in kinds if kind in gguf_kinds.KINDS]
+        folder = out / f"gguf{mark}"
+        found = {kind: folder / f"m-gguf-{kind}" for kind in kinds}
+        targets |= {f"gguf-{kind}{mark}": path for kind, path in found.items()}
+        if missing := [kind for kind, path in found.items() if not (path / bundle.MANIFEST_NAME).exists()]:
+            given = {"examples": calibration(out), "request": gguf_kinds.Request(importance=True)}
+            common: dict[str, Any] = {"to": "gguf", "name": "m", "image_required": True, "progress": say}
+            export_all(checkpoint, folder, missing, **common, **(given if seen else {}))
+    for name in (each for each in precisions if each.endswith("-imatrix-text")):
+        targets[name] = out / "gguf-imatrix-text" / name
+        if not (targets[name] / bundle.MANIFEST_NAME).exists():
+            blind(out, checkpoint, targets[name.removesuffix("-imatrix-text")], targets[name])
+    return {each: targets[each] for each in precisions}
+
+
+def blind(out: Path, checkpoint: Path, plain: Path, path: Path) -> None:
+    """`plain` with its text model quantized again, by what the calibration's questions alone feed it."""
+    from export import gguf_importance, llamacpp
+    from export.gguf import plan_files
+    from export.gguf_write import write
+
+    files_ = plan_files(checkpoint)
+    cases = [ParityCase(str(at), question) for at, (_, question) in enumerate(calibration(out))]
+    columns = gguf_importance.collect(TorchSession(checkpoint), cases, files_.text)
+    manifest = bundle.read(plain)
+    part = manifest.part("text_model")
+    with target.staging(path) as staged:
+        shutil.copytree(plain, staged, dirs_exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="pocketvlm-quantization-") as scratch:
+            base = Path(scratch) / "f32.gguf"
+            write(files_.text, files_.source, base, "f32")
+            llamacpp.quantize(base, staged / part.path, manifest.precision, rules=(), importance=columns)
+        sha256, size = bundle.digest(staged / part.path)
+        changed = part.model_copy(update={"sha256": sha256, "bytes": size})
+        parts = tuple(changed if each.role == part.role else each for each in manifest.parts)
+        bundle.write(manifest.model_copy(update={"parts": parts}), staged)
 
 
 def answer(out: Path, name: str, path: Path, questions: Sequence[Question]) -> AccuracyResult:
@@ -174,15 +223,17 @@ def measure(out: Path, bundles: dict[str, Path], questions: Sequence[Question]) 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "| precision | vision kB | embed kB | decoder kB | cache kB | right | drop, points (95 %) | to wrong "
+        "| precision | vision kB | text kB | cache kB | right | drop, points (95 %) | to wrong "
         "| to right | KL mean, mnats | top-1 |",
-        "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         size, found = row["bytes"], row["comparison"]
+        vision = size.get("vision_encoder", 0) + size.get("mmproj", 0)
         cells = [
             row["precision"],
-            *(f"{size[role] / 1e3:.0f}" for role in ("vision_encoder", "embed_tokens", "decoder")),
+            f"{vision / 1e3:.0f}",
+            f"{(sum(size.values()) - vision) / 1e3:.0f}",
             f"{row['cache_bytes'] / 1e3:.0f}",
             f"{row['right']}/{found['n']}",
             f"{-100 * found['difference'] + 0:+.2f} "
@@ -206,14 +257,18 @@ def run(out: Path, precisions: Sequence[str], setup: Setup, seed: int = 0) -> di
     out.mkdir(parents=True, exist_ok=True)
     with files.lock(out):
         checkpoint = train(out, recipe, setup)
-        bundles = export(out, checkpoint, list(dict.fromkeys(["fp32", *precisions])))
+        ours = [each for each in precisions if not each.startswith("gguf-")]
+        bundles = export(out, checkpoint, list(dict.fromkeys(["fp32", *ours])))
+        bundles |= export_gguf(out, checkpoint, [each for each in precisions if each not in ours])
         questions = auto_data.spread(easy_vqa.load("test"), setup.questions)
         found = {
             "setup": {**asdict(setup), "train": setup.train.model_dump()},
             "seed": seed,
             "rows": measure(out, bundles, questions),
         }
-        files.write_json(out / "results.json", found)
+        files.write_json(
+            out / ("results-gguf.json" if len(ours) < len(precisions) else "results.json"), found
+        )
     return found
 
 
@@ -223,7 +278,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="output directory; a temporary one when it is not given")
     parser.add_argument("--questions", type=int, help="test questions to ask")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="separated by commas")
+    parser.add_argument("--to", choices=("onnx", "gguf"), default="onnx", help="whose precisions")
+    parser.add_argument("--precisions", help="separated by commas, instead of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny model, few steps and questions")
     given = parser.parse_args()
@@ -231,7 +287,9 @@ def main() -> None:
     if given.questions:
         setup = Setup(setup.sizes, setup.train, given.questions)
     with tempfile.TemporaryDirectory(prefix="pocketvlm-quantization-") as scratch:
-        found = run(given.out or Path(scratch), given.precisions.split(","), setup, given.seed)
+        every = PRECISIONS if given.to == "onnx" else GGUF
+        asked = given.precisions.split(",") if given.precisions else every
+        found = run(given.out or Path(scratch), asked, setup, given.seed)
     print("\n".join(table(found["rows"])))
     print(json.dumps({"setup": found["setup"], "seed": found["seed"]}))
 

@@ -165,9 +165,8 @@ class Work:
     def _importance(self) -> Mapping[str, NDArray[np.float32]]:
         if self._columns is None:
             self.facts.say("importance matrix from image-conditioned prompts")
-            self._columns = gguf_importance.collect(
-                self.facts.reference, self.facts.examples or self.facts.cases, self.files.text
-            )
+            cases = [each for each in self.facts.examples or self.facts.cases if each.images]
+            self._columns = gguf_importance.collect(self.facts.reference, cases, self.files.text)
         return self._columns
 
     def _draft(self, staged: Path, kind: str, name: str, parts: tuple[Part, ...]) -> Manifest:

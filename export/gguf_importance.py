@@ -37,17 +37,14 @@ class _Columns:
 def collect(
     reference: TorchSession, cases: Sequence[ParityCase], plan: Plan
 ) -> Mapping[str, NDArray[np.float32]]:
-    """Run prompts and forced tokens of every case with a picture; (columns,) float32 by GGUF tensor name."""
+    """Run prompts and forced tokens of every case; (columns,) float32 by GGUF tensor name."""
     targets = {text_name(piece.source): piece.name for piece in plan.pieces}
     found: dict[str, _Columns] = {}
     with _watched(reference.model, targets, found):
         for case in cases:
             prepared = [reference.prepare(each) for each in case.images]
-            if prepared:
-                ids = reference.prompt_ids(case.question, prepared)
-                forced_logits(
-                    reference, ids, [reference.encode_image(each) for each in prepared], case.forced
-                )
+            ids = reference.prompt_ids(case.question, prepared)
+            forced_logits(reference, ids, [reference.encode_image(each) for each in prepared], case.forced)
     return {
         name: (columns.total / columns.count).float().numpy()
         for name, columns in found.items()

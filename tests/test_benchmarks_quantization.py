@@ -37,3 +37,17 @@ def test_from_nothing_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(quantization, "evaluate", never)
     monkeypatch.setattr(quantization.demo, "new_model", never)
     assert quantization.run(tmp_path, ["int4-b64-gptq-kv8"], SMALL) == found
+
+
+@pytest.mark.slow
+def test_gguf_with_and_without_an_importance_matrix(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    asked = ["gguf-q8_0", "gguf-q4_0", "gguf-q4_0-imatrix", "gguf-q4_0-imatrix-text"]
+    found = quantization.run(tmp_path, asked, SMALL)
+    rows = {row["precision"]: row for row in found["rows"]}
+    assert list(rows) == ["fp32", *asked]
+    assert rows["gguf-q8_0"]["kl_mean_nats"] < rows["gguf-q4_0"]["kl_mean_nats"]
+    fours = [rows[name] for name in asked[1:]]
+    assert len({row["bytes"]["text_model"] for row in fours}) == 1
+    assert len({row["kl_mean_nats"] for row in fours}) == 3, "three ways to round"
