@@ -191,12 +191,6 @@ class Skips:
             self.add(error)
             return None
 
-    def summary(self) -> str:
-        """One line for people, "" when nothing was skipped."""
-        if not self.errors:
-            return ""
-        return f"skipped {len(self.errors)} of at most {self.limit} samples: {self._first()}"
-
     def _first(self) -> str:
         shown = [str(error) for error in list(self.errors.values())[:SHOWN]]
         rest = len(self.errors) - len(shown)

@@ -31,16 +31,8 @@ def schedule(r_max: float, step: float) -> tuple[float, ...]:
     no multiple of the step, M is rounded up: the last stage has the full teacher."""
     if not 0 <= r_max < 1 or step <= 0:
         raise ValueError(f"r_max {r_max} must be in [0, 1) and the step {step} above 0")
-    return tuple(max(0.0, round(r_max - step * stage, 10)) for stage in range(_stages(r_max, step)))
-
-
-def _stages(r_max: float, step: float) -> int:
-    return math.ceil(r_max / step - 1e-9) + 1
-
-
-def ratio_at(i: int, total: int, r_max: float, step: float) -> float:
-    """r[i] of Eq. 3 for i in 0..total (at i = total the formula goes below 0: clamped)."""
-    return max(0.0, round(r_max - step * math.floor(i * _stages(r_max, step) / total), 10))
+    stages = math.ceil(r_max / step - 1e-9) + 1
+    return tuple(max(0.0, round(r_max - step * stage, 10)) for stage in range(stages))
 
 
 def choose_r_max(curve: Sequence[tuple[float, float]], *, most_lost: float = 0.03) -> float:
