@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from evals.parity.parity import ParityCase, forced_logits
 from evals.torch_session import TorchSession
-from export.families.gguf import text_name
+from export.families.gguf_layout import text_name
 from export.gguf_plan import Plan
 
 

@@ -1,6 +1,6 @@
 """What a GGUF file of a family holds, before anything is read or written.
 
-In: nothing. Out: the types with which `families/gguf.py` describes a file. Not here: any family, any file.
+In: nothing. Out: the types with which `families/gguf*.py` describe a file. Not here: any family, any file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-Keep = Literal["f32", "f16", None]
+Keep = Literal["f32", "f16", "half", None]
 Change = Callable[[Any], Any]
 """A torch tensor in, a torch tensor out; only one tensor is in memory at a time."""
 
@@ -18,7 +18,8 @@ Change = Callable[[Any], Any]
 class Piece:
     """One tensor of a GGUF file: made from the checkpoint's tensor `source` by `change`.
 
-    `keep`: a type that no precision goes below, because llama.cpp reads it only so or loses too much.
+    `keep`: a type that no precision goes below, because llama.cpp reads it only so or loses too much; `f16` is
+    that in a float16 file and float32 in any other, `half` float32 in a float32 file and float16 in any other.
     """
 
     name: str

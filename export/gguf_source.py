@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from evals.torch_session import quiet_transformers
 from export.checkpoint import read_config
 from runtime.errors import CheckpointError
 
@@ -59,9 +60,23 @@ class Source:
         return found
 
 
+def _filled(path: Path) -> Mapping[str, Any]:
+    """The configuration as transformers reads it: what a file leaves out, or words in an older way, is there."""
+    from transformers import AutoConfig
+
+    read_config(path)
+    with quiet_transformers():
+        try:
+            found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises classes of every kind
+            first = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise CheckpointError(f"{path}: transformers cannot read config.json: {first}") from error
+    return dict(found.to_dict())
+
+
 def open_source(path: Path) -> Source:
     """Names of all tensors, no weights read. CheckpointError: no checkpoint, missing or damaged shards."""
-    config = read_config(path)
+    config = _filled(path)
     if "text_config" not in config or "vision_config" not in config:
         raise CheckpointError(
             f"{path}: config.json has no text_config and vision_config; expected a vision-language model"

@@ -37,6 +37,8 @@ def tensor_type(piece: Piece, shape: tuple[int, ...], precision: str) -> Type:
         return Type.F32
     if piece.keep == "f16":
         return Type.F16 if precision == "f16" else Type.F32
+    if piece.keep == "half":
+        return Type.F32 if precision == "f32" else Type.F16
     if not piece.name.endswith(".weight"):
         return Type.F32
     wanted = PRECISIONS[precision]

@@ -130,9 +130,21 @@ class TextModel:
         return list(buffer[:count])
 
     def extend(
-        self, rows: Sequence[int] | NDArray[np.int64] | Floats, positions: NDArray[np.int64]
+        self,
+        rows: Sequence[int] | NDArray[np.int64] | Floats,
+        positions: NDArray[np.int64],
+        *,
+        both_ways: bool = False,
     ) -> Floats:
-        """Append ids (S,) or embeddings (S, width) at positions (1 or 4, S); logits (vocab,) of the last."""
+        """Append ids (S,) or embeddings (S, width) at positions (1 or 4, S); logits (vocab,) of the last.
+
+        `both_ways`: each row sees those after it, too; more than fit into one batch are an InputError.
+        """
+        if both_ways and len(rows) > MOST_AT_ONCE:
+            raise InputError(
+                f"picture: {len(rows)} tokens that see each other, llama.cpp takes {MOST_AT_ONCE} at once here"
+            )
+        self._lib.llama_set_causal_attn(self.context, not both_ways)
         for start in range(0, len(rows), MOST_AT_ONCE):
             part = slice(start, start + MOST_AT_ONCE)
             self._decode(rows[part], positions[:, part])

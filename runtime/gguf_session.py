@@ -20,7 +20,7 @@ from runtime.backend import RowsState
 from runtime.errors import BundleError
 from runtime.gguf_library import SPEED, Settings, TextModel, VisionModel
 from runtime.image import ImageFeatures, View, join_features
-from runtime.manifest import Manifest, Positions1d
+from runtime.manifest import ImageAttention, Manifest, Positions1d
 from runtime.providers import ProviderReport, RunSettings
 from runtime.threads import default_threads
 
@@ -46,6 +46,7 @@ class GgufBackend:
         paths = {part.role: bundle.locate(directory, part.path) for part in manifest.parts}
         self._manifest = manifest
         self._rows = 1 if isinstance(manifest.positions, Positions1d) else 4
+        self._both_ways = isinstance(manifest.attention, ImageAttention)
         self.text = TextModel(
             paths["text_model"], context=context, threads=threads, settings=speed, spin=bool(settings.spin)
         )
@@ -100,7 +101,9 @@ class GgufBackend:
             if is_image[part.start]:
                 assert joined is not None
                 chosen = slice(given, given + part.stop - part.start)
-                logits = self.text.extend(_embeddings(joined, chosen), self._places(places))
+                logits = self.text.extend(
+                    _embeddings(joined, chosen), self._places(places), both_ways=self._both_ways
+                )
                 given = chosen.stop
             else:
                 logits = self.text.extend(ids[part], places[:1])
