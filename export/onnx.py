@@ -13,7 +13,7 @@ import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +21,26 @@ import onnx_ir as ir
 
 from evals.parity.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import browser_package, calibrate, gate, layout, limits, proof, space, static, storage, target
+from export import (
+    browser_package,
+    calibrate,
+    gate,
+    gate_expected,
+    genai,
+    genai_check,
+    layout,
+    limits,
+    proof,
+    space,
+    static,
+    storage,
+    target,
+)
 from export.checkpoint import Checkpoint, load, read_config
 from export.decoder import IR_VERSION
 from export.families import Family, check_type, family_of, without_tiles
 from export.gate_cases import GateReference
+from export.gate_expected import Expected
 from export.graphs import ROLES, trace_all
 from export.quantize import fallbacks, quantize, resolve, suffix, weight_bits
 from export.quantize_facts import min_onnxruntime
@@ -53,7 +68,7 @@ from runtime.manifest import (
     operations_of,
 )
 from runtime.prompt_spec import PromptSpec
-from runtime.session import Session
+from runtime.session import Session, usual_context
 
 Progress = Callable[[str], None]
 """Called with one line at the start of every step."""
@@ -64,6 +79,9 @@ _FILES = {
     "decoder_prefill": "decoder_prefill",
     "decoder": "decoder_model_merged",
 }
+PLAIN = "fp32"
+"""The traced parts in the directory of what is thrown away in the end."""
+
 _COPIED = ("config.json", "generation_config.json")
 _TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "optimum")
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8"}
@@ -96,6 +114,8 @@ class Facts:
     geometry: ImageSpec | None = None
     examples: Sequence[ParityCase] = ()
     """What calibrated schemes look at; the gate's cases when there is none."""
+    expected: Expected | None = None
+    """What the gate compares with; None where a format has a gate of its own over the live reference."""
 
 
 def export_onnx(
@@ -121,31 +141,42 @@ def export_onnx(
     check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
     loaded = load(checkpoint)
     space.check(loaded, {path: resolve(precision) for precision, path in targets.items()})
-    facts = prepare(
-        loaded,
-        sample_images,
-        say,
-        image_required=image_required,
-        plan=plan,
-        examples=examples,
-    )
-    return write_bundles(facts, targets, names)
+    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as folder, space.told(Path(folder)):
+        facts = prepare(
+            loaded,
+            sample_images,
+            say,
+            image_required=image_required,
+            plan=plan,
+            examples=examples,
+        )
+        facts = on_disk(facts, Path(folder))
+        loaded.forget()
+        storage.release()
+        return write_bundles(facts, targets, names, Path(folder))
 
 
-def write_bundles(facts: Facts, targets: Mapping[str, Path], names: Mapping[str, str]) -> list[Path]:
-    """One bundle per precision from graphs that are traced already."""
-    with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch, space.told(Path(scratch)):
-        if "fp32" not in targets:
-            # the rounded parts are judged by the float graphs, so these pass the gate in any case
-            facts.say("fp32: parity gate of the traced parts")
-            plain = Path(scratch) / "fp32"
-            write_files(facts, plain, facts.graphs, beside=True)
-            _check_float(facts, plain, draft_manifest(facts, plain, "fp32", "fp32"))
-            storage.release()
-        order = sorted(targets, key=lambda precision: precision != "fp32")
-        for precision in order:
-            with target.staging(targets[precision]) as staged:
-                build(facts, staged, precision, names[precision], Path(scratch))
+def on_disk(facts: Facts, scratch: Path) -> Facts:
+    """The facts with graphs whose weights lie in files in `scratch`; what the tracer made can then be freed."""
+    plain = scratch / PLAIN
+    write_files(facts, plain, facts.graphs, beside=True)
+    graphs = {role: storage.mapped(plain / _part_path(role, model)) for role, model in facts.graphs.items()}
+    return replace(facts, graphs=graphs)
+
+
+def write_bundles(
+    facts: Facts, targets: Mapping[str, Path], names: Mapping[str, str], scratch: Path
+) -> list[Path]:
+    """One bundle per precision from graphs that are traced already and lie in `scratch` (`on_disk`)."""
+    if "fp32" not in targets:
+        # the rounded parts are judged by the float graphs, so these pass the gate in any case
+        facts.say("fp32: parity gate of the traced parts")
+        _check_float(facts, scratch / PLAIN, draft_manifest(facts, scratch / PLAIN, "fp32", "fp32"))
+        storage.release()
+    order = sorted(targets, key=lambda precision: precision != "fp32")
+    for precision in order:
+        with target.staging(targets[precision]) as staged:
+            build(facts, staged, precision, names[precision], scratch)
     return list(targets.values())
 
 
@@ -158,8 +189,9 @@ def prepare(
     plan: Plan | None = None,
     examples: Sequence[calibrate.Example] = (),
     trace: bool = True,
+    expect: bool = True,
 ) -> Facts:
-    """Trace the float32 graphs (unless a format needs none) and collect the reference's forced tokens.
+    """Trace the float32 graphs (unless a format needs none) and record what the reference answers.
 
     Without `plan.split_images` a checkpoint that cuts pictures into tiles is taken without them, and its
     reference too. A conversation takes at most `plan.max_images` pictures, fewer where the context ends.
@@ -192,6 +224,10 @@ def prepare(
     cases = gate.make_cases(
         reference, samples, text_only=prompt.user_without_image is not None, images=claims.images
     )
+    expected = None
+    if expect:
+        room = usual_context(context, image.max_tokens)
+        expected = gate_expected.record(reference, cases, prompt, claims.images, room)
     if not trace:
         graphs = {}
     elif plan.static:
@@ -216,6 +252,7 @@ def prepare(
         context=context,
         geometry=geometry,
         examples=calibrate.answered(reference, examples),
+        expected=expected,
     )
 
 
@@ -246,7 +283,8 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
         f"{parts} store {count} bytes twice: one matrix in two orders"
         for parts, count in storage.shared_bytes(graphs).items()
     ]
-    write_files(facts, staged, graphs)
+    elsewhere = genai.wanted(facts.family, facts.checkpoint, facts.plan.target)
+    write_files(facts, staged, graphs, beside=elsewhere)
     del graphs  # the gate needs the memory
     storage.release()
     draft = draft_manifest(facts, staged, precision, name)
@@ -257,10 +295,14 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
         parity = _check_float(facts, staged, draft)
     else:
         parity = gate.check_quantized(
-            floats, staged, draft, facts.reference, facts.cases, scratch, calibration
+            facts.checkpoint, floats, staged, draft, expected_of(facts), scratch, calibration
         )
     facts.say(f"{precision}: conformance vectors")
     vectors = write_conformance(facts, staged, draft, _LOGIT_SPREAD if exact else _ROUNDED_SPREAD)
+    if elsewhere:
+        facts.say(f"{precision}: files for onnxruntime-genai")
+        genai.write(staged, draft, facts.family, facts.checkpoint)
+        genai_check.check(staged, draft, facts.cases)
     if draft.target == browser_package.TARGET:
         browser_package.write(staged, draft)
     bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
@@ -269,7 +311,7 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
 
 def calibration_of(facts: Facts, scratch: Path) -> calibrate.Calibration:
     """What flows through the float decoder on the examples, or on the gate's own prompts."""
-    folder = scratch / "calibration"
+    folder = scratch / PLAIN
     if not folder.exists():
         write_files(facts, folder, facts.graphs, beside=True)
     draft = draft_manifest(facts, folder, "fp32", "calibration")
@@ -279,7 +321,13 @@ def calibration_of(facts: Facts, scratch: Path) -> calibrate.Calibration:
 
 
 def _check_float(facts: Facts, staged: Path, draft: Manifest) -> Parity:
-    return gate.check_float(facts.checkpoint, staged, draft, facts.reference, facts.cases)
+    return gate.check_float(facts.checkpoint, staged, draft, expected_of(facts))
+
+
+def expected_of(facts: Facts) -> Expected:
+    """What the checkpoint answers, which `prepare` recorded."""
+    assert facts.expected is not None
+    return facts.expected
 
 
 # --- files ------------------------------------------------------------

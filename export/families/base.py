@@ -52,7 +52,8 @@ class Modules:
 class Family(Protocol):
     """One architecture (or several that are cut alike). Every method may raise CheckpointError.
 
-    A family inherits from it: `untiled`, `positions`, `attention`, `deepstack` then have the usual answers.
+    A family inherits from it: `untiled`, `positions`, `attention`, `deepstack`, `genai_type` then have the
+    usual answers.
     """
 
     @property
@@ -88,4 +89,8 @@ class Family(Protocol):
 
     def deepstack(self, checkpoint: Checkpoint) -> Deepstack | None:
         """Where vision features go besides the embeddings; None: nowhere."""
+        return None
+
+    def genai_type(self, checkpoint: Checkpoint) -> str | None:
+        """onnxruntime-genai's `model.type` whose pipeline feeds these parts; None: it has none."""
         return None

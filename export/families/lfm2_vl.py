@@ -37,6 +37,7 @@ from runtime.image_spec import (
 from runtime.prompt_spec import PromptSpec
 
 _REQUIRED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": True}
+_GENAI_MARKS = ("<image>", "<|image_start|>", "<|image_end|>")
 _KINDS: dict[str, LayerKind] = {"conv": "conv", "full_attention": "attention"}
 
 
@@ -286,6 +287,12 @@ class Lfm2Vl(Family):
             refused=(processor.image_token,),
             tiled=tiled,
         )
+
+    def genai_type(self, checkpoint: Checkpoint) -> str | None:
+        """Its pipeline writes these tokens into the prompt; tiles it has none."""
+        processor = checkpoint.processor
+        marks = (processor.image_token, processor.image_start_token, processor.image_end_token)
+        return "lfm2_vl" if processor.use_image_special_tokens and marks == _GENAI_MARKS else None
 
 
 def _splits(image: Any) -> bool:

@@ -27,6 +27,7 @@ _ASPECT_LIMIT = 200  # smart_resize of Qwen2VLImageProcessor
 _HEAD_MULTIPLE = 8  # vision heads; the kernel of RotaryEmbedding
 _DEEPSTACK_OUTPUT = "deepstack_features"
 _INTERLEAVED = "qwen3_vl"
+_GENAI_MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 _SAME = {
     "patch_size": "patch_size",
     "merge_size": "spatial_merge_size",
@@ -147,6 +148,14 @@ class QwenVl(Family):
         """Features of early vision layers, added after the first text layers (Qwen3-VL)."""
         layers = _deepstack_layers(checkpoint)
         return Deepstack(layers=layers, output=_DEEPSTACK_OUTPUT, input=DEEPSTACK_INPUT) if layers else None
+
+    def genai_type(self, checkpoint: Checkpoint) -> str | None:
+        """Its pipelines of this line are one but for the name; they write these tokens into the prompt."""
+        config, names = checkpoint.config, checkpoint.tokenizer.convert_ids_to_tokens
+        marks = (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
+        if tuple(names(mark) for mark in marks) != _GENAI_MARKS:
+            return None
+        return _INTERLEAVED if checkpoint.model_type == _INTERLEAVED else "qwen2_5_vl"
 
 
 def _rotary(checkpoint: Checkpoint) -> Any:

@@ -1,0 +1,202 @@
+"""What onnxruntime-genai reads beside the parts, for families whose pipeline it has.
+
+In: a bundle being written and its draft manifest. Out: `genai_config.json`, `genai_processor.json` and small
+graphs `onnx/genai_*.onnx` whose weights are the parts' own data files. Not here: the graphs
+(`genai_graphs.py`), the proof that they compute what the parts do (`genai_check.py`), which families
+(`Family.genai_type`).
+
+Names follow the reader of that file in onnxruntime-genai 0.18 (`src/config.cpp`) and the transforms of
+onnxruntime-extensions (`shared/api/image_processor.cc`). What its image processor does otherwise than the
+checkpoint's is told in docs/export.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export import genai_graphs
+from export.checkpoint import Checkpoint
+from export.decoder import DecoderShape
+from export.families import Family
+from export.hybrid import HybridShape
+from runtime import files
+from runtime.image_spec import (
+    GridTiles,
+    ImageOperation,
+    ImageSpec,
+    Normalise,
+    PatchifyBlocks,
+    PatchifyPadded,
+    SmartResize,
+)
+from runtime.manifest import Manifest
+
+CONFIG, PROCESSOR = "genai_config.json", "genai_processor.json"
+"""Its own default for the second is `processor_config.json`, which is transformers' file here."""
+
+EMBEDDING, DECODER, VISION = (f"onnx/genai_{name}.onnx" for name in ("embedding", "decoder", "vision"))
+WITHOUT = ("browser",)
+"""Targets whose bundles are not for it."""
+
+_FILTERS = {"bilinear": "LINEAR", "bicubic": "CUBIC", "lanczos": "LANCZOS"}
+_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id")
+_BYTE = 255.0
+
+
+def wanted(family: Family, checkpoint: Checkpoint, target: str | None) -> bool:
+    """Whether a fused bundle gets these files; the weights of its parts then lie beside their graphs."""
+    return target not in WITHOUT and family.genai_type(checkpoint) is not None
+
+
+def write(bundle: Path, draft: Manifest, family: Family, checkpoint: Checkpoint) -> list[Path]:
+    """Write the files into `bundle`, whose parts have their weights in data files; returns their paths."""
+    parts = {part.role: bundle / part.path for part in draft.parts}
+    features = next(out for out in draft.part("vision_encoder").outputs if out.name == genai_graphs.FEATURES)
+    layers = draft.deepstack.layers if draft.deepstack else 0
+    kind = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16"}[features.dtype]]
+    graphs = {
+        EMBEDDING: genai_graphs.embedding(parts["embed_tokens"], draft.merge.token, kind, layers),
+        DECODER: genai_graphs.decoder(parts["decoder"], draft.deepstack),
+        VISION: genai_graphs.vision(
+            parts["vision_encoder"], draft.deepstack, mask=_layout(draft.image, PatchifyPadded) is not None
+        ),
+    }
+    written = []
+    for name, model in graphs.items():
+        if model is not None:
+            ir.save(model, bundle / name)
+            written.append(bundle / name)
+    shape = family.decoder_shape(checkpoint)
+    config = {
+        "model": {
+            "type": family.genai_type(checkpoint),
+            **_token_ids(draft, checkpoint),
+            "vocab_size": shape.vocab,
+            "context_length": draft.limits.context,
+            "decoder": _decoder(shape, layers),
+            "embedding": {
+                "filename": EMBEDDING,
+                "inputs": {"input_ids": "input_ids", "image_features": genai_graphs.FEATURES},
+                "outputs": {"inputs_embeds": genai_graphs.EMBEDS},
+            },
+            "vision": _vision(draft, VISION if bundle / VISION in written else None),
+        },
+        "search": {"do_sample": False, "max_length": draft.limits.context, "past_present_share_buffer": True},
+    }
+    files.write_json(bundle / CONFIG, config)
+    files.write_json(bundle / PROCESSOR, processor(draft.image))
+    return [*written, bundle / CONFIG, bundle / PROCESSOR]
+
+
+def _token_ids(draft: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Ids by its names. Padding must be named: what equals it is masked, and 0 by default."""
+    tokenizer, stop = checkpoint.tokenizer, list(draft.tokenizer.stop_ids)
+    padding = tokenizer.pad_token_id
+    found: dict[str, Any] = {"eos_token_id": stop, "pad_token_id": stop[0] if padding is None else padding}
+    if tokenizer.bos_token_id is not None:
+        found["bos_token_id"] = tokenizer.bos_token_id
+    known = (name for name in _TOKENS if hasattr(checkpoint.config, name))
+    return {**found, **{name: int(getattr(checkpoint.config, name)) for name in known}}
+
+
+def _decoder(shape: DecoderShape, layers: int) -> dict[str, Any]:
+    """`hidden_size` is the width of what goes between the graphs, which deepstack widens."""
+    found: dict[str, Any] = {
+        "filename": DECODER,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "hidden_size": shape.hidden * (layers + 1),
+        "head_size": shape.head_dim,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_hidden_layers": shape.layers,
+    }
+    inputs = {
+        "inputs_embeds": genai_graphs.EMBEDS,
+        "attention_mask": "attention_mask",
+        "position_ids": "position_ids",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
+    outputs = {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+    }
+    if isinstance(shape, HybridShape):
+        inputs["past_conv_names"], outputs["present_conv_names"] = "past_conv.%d", "present_conv.%d"
+        names = {"attention": "full_attention", "conv": "conv"}
+        found["layer_types"] = [names[kind] for kind in shape.kinds]
+        found["conv_cache_size"] = shape.conv_columns
+    return {**found, "inputs": inputs, "outputs": outputs}
+
+
+def _vision(draft: Manifest, graph: str | None) -> dict[str, Any]:
+    grid = draft.image.tokens
+    inputs = {"pixel_values": "pixel_values"}
+    if _layout(draft.image, PatchifyPadded) is not None:
+        inputs |= {"attention_mask": genai_graphs.MASK, "image_sizes": "spatial_shapes"}
+    else:
+        inputs["image_grid_thw"] = "image_grid_thw"
+    return {
+        "filename": graph or draft.part("vision_encoder").path,
+        "config_filename": PROCESSOR,
+        "patch_size": grid.patch,
+        "spatial_merge_size": grid.merge,
+        "inputs": inputs,
+        "outputs": {"image_features": genai_graphs.FEATURES},
+    }
+
+
+# --- pictures ---------------------------------------------------------
+
+
+def processor(image: ImageSpec) -> dict[str, Any]:
+    """The image section as transforms of onnxruntime-extensions. Tiles become the whole view alone."""
+    resize = next(_resized(each) for each in image.operations if isinstance(each, (SmartResize, GridTiles)))
+    colours = next(each for each in image.operations if isinstance(each, Normalise))
+    grid, blocks = image.tokens, _layout(image, PatchifyBlocks)
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("DecodeImage", {"color_space": "RGB"}),
+        (
+            "Resize",
+            {
+                "interpolation": _FILTERS[resize.filter],
+                "smart_resize": 1,
+                "min_pixels": resize.min_pixels,
+                "max_pixels": resize.max_pixels,
+                "patch_size": grid.patch,
+                "merge_size": grid.merge,
+            },
+        ),
+        ("Rescale", {"rescale_factor": 1 / _BYTE}),
+        ("Normalize", {"mean": _fractions(colours.subtract), "std": _fractions(colours.divide)}),
+    ]
+    if isinstance(blocks, PatchifyBlocks):
+        sizes = {"patch_size": blocks.patch, "temporal_patch_size": blocks.frames, "merge_size": blocks.merge}
+        steps.append(("PatchImage", sizes))
+    else:
+        steps += [("Permute3D", {"dims": [2, 0, 1]}), ("PixtralImageSizes", {})]
+    transforms = [
+        {"operation": {"name": kind.lower(), "type": kind, **({"attrs": attrs} if attrs else {})}}
+        for kind, attrs in steps
+    ]
+    return {"processor": {"name": "image_processor", "transforms": transforms}}
+
+
+def _resized(operation: SmartResize | GridTiles) -> SmartResize:
+    found = operation.whole if isinstance(operation, GridTiles) else operation
+    assert isinstance(found, SmartResize), "Family.genai_type is for families of smart_resize"
+    return found
+
+
+def _layout(image: ImageSpec, kind: type[ImageOperation]) -> ImageOperation | None:
+    last = image.operations[-1]
+    return last if isinstance(last, kind) else None
+
+
+def _fractions(numbers: Sequence[float]) -> list[float]:
+    return [number / _BYTE for number in numbers]

@@ -1,0 +1,131 @@
+"""Runs the graphs of `genai.py` with onnxruntime as onnxruntime-genai chains them, against the parts.
+
+In: a bundle with these files and its draft manifest, prompts. Out: nothing, or a ParityError.
+Not here: onnxruntime-genai itself, which export does not need (tests/export/test_genai_reader.py runs it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.parity.parity import ParityCase
+from export import genai
+from export.gate_limits import rel_diff
+from runtime import files
+from runtime.errors import ParityError
+from runtime.image import PreparedImage
+from runtime.manifest import Manifest
+from runtime.providers import CPU, import_onnxruntime
+from runtime.session import Session
+
+STEPS = 2
+"""Tokens after the prompt."""
+
+MOST = 1e-5
+"""Of the largest logit: the same nodes over the same weights, optimised as other graphs."""
+
+
+def check(bundle: Path, draft: Manifest, cases: Sequence[ParityCase]) -> float:
+    """Largest difference of logits over the largest logit, on a prompt without and one with one picture.
+
+    Raises ParityError above `MOST`.
+    """
+    chosen = {len(case.images): case for case in cases if len(case.images) < 2}
+    worst = 0.0
+    with Session.from_manifest(bundle, draft, threads=1) as session, _Chain(bundle, draft) as chain:
+        for case in chosen.values():
+            pictures = [session.prepare(each) for each in case.images]
+            if any(len(each.views) > 1 for each in pictures):
+                continue  # its image processor cuts no tiles
+            ids = session.prompt_ids(case.question, pictures)
+            forced = case.forced[:STEPS]
+            wanted = [session.prefill(ids, [session.encode_image(each) for each in pictures])]
+            wanted += [session.decode(token) for token in forced]
+            positions = session.positions(np.concatenate([ids, np.array(forced, np.int64)]), pictures)
+            got = chain.run(ids, positions, pictures, forced)
+            worst = max(worst, rel_diff(np.stack(wanted), got))
+    if not worst <= MOST:
+        raise ParityError(
+            f"{bundle.name}: onnxruntime-genai's graphs give logits {worst:.2g} of the largest away from the "
+            f"parts', at most {MOST:.0e} expected; this is a fault of the exporter, report it"
+        )
+    return worst
+
+
+class _Chain:
+    """The three graphs that the configuration names, one sequence."""
+
+    def __init__(self, bundle: Path, draft: Manifest) -> None:
+        ort, model = import_onnxruntime(), files.read_json(bundle / genai.CONFIG)["model"]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._vision, self._embed, self._decoder = (
+            ort.InferenceSession(str(bundle / model[name]["filename"]), options, providers=[CPU])
+            for name in ("vision", "embedding", "decoder")
+        )
+        self._draft, self._width = draft, int(model["decoder"]["hidden_size"])
+
+    def __enter__(self) -> _Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._vision, self._embed, self._decoder
+
+    def run(
+        self,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        pictures: Sequence[PreparedImage],
+        forced: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Logits (1 + forced, vocab) after ids (S,) at positions (rows, S + forced)."""
+        state = {each.input: _empty(each.shape, each.dtype) for each in self._draft.state}
+        features, begin, found = self._features(pictures), 0, []
+        for step in (ids, *(np.array([token], np.int64) for token in forced)):
+            end = begin + len(step)
+            place = positions[:, None, begin:end]
+            rows = {"input_ids": step[None], "image_features": features}
+            feeds = {
+                "inputs_embeds": self._embed.run(None, rows)[0],
+                "attention_mask": np.ones((1, end), np.int64),
+                "position_ids": place[0] if len(place) == 1 else place,
+                **state,
+            }
+            taken = {each.name: feeds[each.name] for each in self._decoder.get_inputs()}
+            names = [each.name for each in self._decoder.get_outputs()]
+            out = dict(zip(names, self._decoder.run(names, taken), strict=True))
+            state = {each.input: out[each.output] for each in self._draft.state}
+            found.append(out["logits"][0, -1].astype(np.float32))
+            features, begin = features[:0], end
+        return np.stack(found)
+
+    def _features(self, pictures: Sequence[PreparedImage]) -> NDArray[Any]:
+        """(tokens, width) of all pictures; of none, no rows in the type that the embedding graph takes."""
+        found = []
+        for view in (view for picture in pictures for view in picture.views):
+            feeds = {
+                each.name: view.inputs[each.name].astype(_type(each.type), copy=False)
+                for each in self._vision.get_inputs()
+            }
+            found.append(self._vision.run(["image_features"], feeds)[0])
+        if found:
+            return np.concatenate(found)
+        rows = next(each for each in self._embed.get_inputs() if each.name == "image_features")
+        return np.zeros((0, self._width), _type(rows.type))
+
+
+def _type(name: str) -> Any:
+    """`tensor(float16)` -> float16."""
+    inner = name.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32"}.get(inner, inner))
+
+
+def _empty(shape: Sequence[int | str], dtype: str) -> NDArray[Any]:
+    """A state at the start of one sequence: named dimensions are 1, that of the tokens 0."""
+    sizes = [size if isinstance(size, int) else 0 if "sequence" in size else 1 for size in shape]
+    return np.zeros(sizes, dtype)
