@@ -39,6 +39,7 @@ from evals import easy_vqa
 from evals.accuracy import AccuracyResult, compare_methods, evaluate
 from evals.easy_vqa import Question
 from evals.parity.parity import ParityCase, compare
+from evals.stats import bootstrap_difference
 from evals.torch_session import TorchSession
 from export import auto, auto_data, export_all, gguf_kinds, onnx, target
 from export.auto_data import examples
@@ -55,7 +56,7 @@ GGUF = (
     *(f"gguf-{kind}{mark}" for kind in gguf_kinds.QUANTIZED for mark in ("", "-imatrix", "-imatrix-text")),
 )  # fmt: skip
 """`-imatrix`: columns weighed by prompts with pictures; `-imatrix-text`: by the same without them."""
-KL_QUESTIONS = 64
+KL_QUESTIONS = 400
 CALIBRATION_QUESTIONS = 32
 
 
@@ -186,11 +187,19 @@ def answer(out: Path, name: str, path: Path, questions: Sequence[Question]) -> A
     return found
 
 
-def divergence(reference: Path, path: Path, cases: Sequence[ParityCase]) -> dict[str, float]:
-    """KL in nats and top-1 agreement, float32 to rounded, on questions about pictures and their answers."""
+def divergence(reference: Path, path: Path, cases: Sequence[ParityCase]) -> dict[str, Any]:
+    """KL in nats, with its interval over questions, and top-1 agreement, float32 to rounded, on questions about
+    pictures and their answers."""
+    each: list[float] = []
     with open_bundle(reference, spin=False) as before, open_bundle(path, spin=False) as after:
-        found = compare(before, after, cases)
-    return {"kl_mean_nats": found.kl_mean, "kl_p99_nats": found.kl_p99, "top1": found.top1_agreement}
+        found = compare(before, after, cases, lambda _, alone: each.append(alone.kl_mean))
+    between = bootstrap_difference([0.0] * len(each), each)
+    return {
+        "kl_mean_nats": sum(each) / len(each),
+        "kl_low_nats": between.low,
+        "kl_high_nats": between.high,
+        "top1": found.top1_agreement,
+    }
 
 
 def measure(out: Path, bundles: dict[str, Path], questions: Sequence[Question]) -> list[dict[str, Any]]:
@@ -224,7 +233,7 @@ def measure(out: Path, bundles: dict[str, Path], questions: Sequence[Question]) 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "| precision | vision kB | text kB | cache kB | right | drop, points (95 %) | to wrong "
-        "| to right | KL mean, mnats | top-1 |",
+        "| to right | KL, mnats (95 %) | top-1 |",
         "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -240,7 +249,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"({-100 * found['high'] + 0:+.2f} to {-100 * found['low'] + 0:+.2f})",
             str(found["right_to_wrong"]),
             str(found["wrong_to_right"]),
-            f"{1e3 * row['kl_mean_nats']:.3f}",
+            f"{1e3 * row['kl_mean_nats']:.2f} "
+            f"({1e3 * row['kl_low_nats']:.2f} to {1e3 * row['kl_high_nats']:.2f})",
             f"{row['top1']:.4f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
