@@ -188,7 +188,7 @@ def answer(out: Path, name: str, path: Path, questions: Sequence[Question]) -> A
 
 
 def divergence(reference: Path, path: Path, cases: Sequence[ParityCase]) -> dict[str, Any]:
-    """KL in nats, with its interval over questions, and top-1 agreement, float32 to rounded, on questions about
+    """KL in nats with its interval over questions, and top-1 agreement, float32 to rounded, on questions about
     pictures and their answers."""
     each: list[float] = []
     with open_bundle(reference, spin=False) as before, open_bundle(path, spin=False) as after:
