@@ -43,7 +43,6 @@ from evals.stats import bootstrap_difference
 from evals.torch_session import TorchSession
 from export import auto, auto_data, export_all, gguf_kinds, onnx, target
 from export.auto_data import examples
-from export.checkpoint import load
 from export.quantize_policy import resolve
 from runtime import bundle, files, open_bundle
 
@@ -118,10 +117,9 @@ def export(out: Path, checkpoint: Path, precisions: Sequence[str]) -> dict[str, 
     missing = {each: path for each, path in targets.items() if not (path / bundle.MANIFEST_NAME).exists()}
     if not missing:
         return targets
-    for path in missing.values():
-        target.check(path)
-    facts = onnx.prepare(load(checkpoint), (), say, image_required=True, examples=calibration(out))
-    onnx.write_bundles(facts, missing, {each: path.name for each, path in missing.items()})
+    names = {each: path.name for each, path in missing.items()}
+    given = calibration(out)
+    onnx.export_onnx(checkpoint, missing, names=names, image_required=True, examples=given, progress=say)
     return targets
 
 

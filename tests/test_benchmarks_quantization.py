@@ -33,7 +33,7 @@ def test_from_nothing_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def never(*_: object, **__: object) -> None:
         raise AssertionError("done already")
 
-    monkeypatch.setattr(quantization.onnx, "prepare", never)
+    monkeypatch.setattr(quantization.onnx, "export_onnx", never)
     monkeypatch.setattr(quantization, "evaluate", never)
     monkeypatch.setattr(quantization.demo, "new_model", never)
     assert quantization.run(tmp_path, ["int4-b64-gptq-kv8"], SMALL) == found
