@@ -186,8 +186,8 @@ def answer(out: Path, name: str, path: Path, questions: Sequence[Question]) -> A
 
 
 def divergence(reference: Path, path: Path, cases: Sequence[ParityCase]) -> dict[str, Any]:
-    """KL in nats with its interval over questions, and top-1 agreement, float32 to rounded, on questions about
-    pictures and their answers."""
+    """Float32 to rounded, on questions about pictures and their answers: KL in nats, its interval over
+    questions, top-1 agreement."""
     each: list[float] = []
     with open_bundle(reference, spin=False) as before, open_bundle(path, spin=False) as after:
         found = compare(before, after, cases, lambda _, alone: each.append(alone.kl_mean))
