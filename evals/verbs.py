@@ -103,7 +103,7 @@ def bench(
         Path | None, typer.Option(help="Folder of wheels here to install there, without a network.")
     ] = None,
     on_runner: Annotated[
-        Path | None, typer.Option(help="adb only: llama.cpp's llama-mtmd-cli for the phone.")
+        Path | None, typer.Option(help="adb only: the runner for the phone (docs/devices.md).")
     ] = None,
     on_clean: Annotated[
         bool, typer.Option("--on-clean", help="Afterwards delete everything that was put there.")

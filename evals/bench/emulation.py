@@ -14,16 +14,24 @@ import platform
 import shutil
 import subprocess
 
-EMULATORS = ("qemu-", "rosetta", "box64", "box86", "FEXInterpreter", "FEXLoader")
+EMULATORS = (
+    *("qemu-", "rosetta", "box64", "box86", "FEXInterpreter", "FEXLoader"),
+    *("houdini", "ndk_translation"),  # Arm programs on Android for x86
+)
 """How the file names of their programs begin."""
 
 
 def emulated_why() -> str | None:
     """Why times taken here say nothing of a device's speed; None where nothing of the kind is seen."""
-    name = _program_of(os.getpid())
-    if any(name.startswith(known) for known in EMULATORS):
-        machine = platform.machine()
-        return f"{machine} code runs in {name}: this shows that it works and what it computes, not how fast"
+    return reason(_program_of(os.getpid()), platform.machine())
+
+
+def reason(program: str, machine: str) -> str | None:
+    """The same of a process whose program has this file name, for code of this machine."""
+    if any(program.startswith(known) for known in EMULATORS):
+        return (
+            f"{machine} code runs in {program}: this shows that it works and what it computes, not how fast"
+        )
     return None
 
 

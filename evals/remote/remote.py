@@ -109,8 +109,8 @@ def measure(
     if unknown := [flag for flag in _given(context) if flag not in PHONE_KNOWS]:
         raise InputError(f"{', '.join(unknown)}: not for adb://; a phone knows {', '.join(PHONE_KNOWS)}")
     if len(bundles) != 1 or runner is None:
-        raise InputError("--on adb://: wanted one gguf bundle and --on-runner llama-mtmd-cli for the phone")
-    names = ("image", "question", "rounds", "tokens", "threads")
+        raise InputError("--on adb://: wanted one bundle and --on-runner PROGRAM (docs/devices.md builds it)")
+    names = ("image", "question", "rounds", "repeats", "warmup", "tokens", "threads")
     values = {name: context.params[name] for name in names}
     image = None if values["image"] is None else Path(values["image"])
     return remote_adb.bench(url, remote_adb.Asked(bundles[0], runner, **{**values, "image": image}), tell)
@@ -314,7 +314,7 @@ HERE_ONLY = (
 )
 """What of the verb's parameters concerns this side; every other one is the device's."""
 
-PHONE_KNOWS = ("--image", "--question", "--rounds", "--tokens", "--threads")
+PHONE_KNOWS = ("--image", "--question", "--rounds", "--repeats", "--warmup", "--tokens", "--threads")
 """Options of the verb that mean something to a phone behind adb."""
 
 FILES = ("image",)

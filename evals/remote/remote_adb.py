@@ -1,24 +1,23 @@
-"""`bench --on adb://SERIAL --on-runner PROGRAM`: a GGUF bundle on an Android phone, without Python there.
+"""`bench --on adb://SERIAL --on-runner PROGRAM`: a bundle on an Android phone, without Python there.
 
-In: a GGUF bundle, llama.cpp's `llama-mtmd-cli` for the phone's processor, adb. Out: `BenchResults`, source
-adb. Not here: the phone (`remote/remote_phone.py`), building the program (`benchmarks/android_llama.sh`).
+In: an ONNX or GGUF bundle, a native runner for the phone's processor, adb. Out: `BenchResults`, source adb.
+Not here: the phone (`remote/remote_phone.py`), the runner there (`remote/remote_runner.py`), what it is to do
+(`remote/runner_plan.py`).
 
-Each round is a fresh process of the program, pinned to the big cores, that answers one question about one
-picture; its own counters are the times. It prepares the picture and the prompt by itself, so it measures
-llama.cpp on this bundle, and its answers need not be the runtime's. Heat and battery come from dumpsys,
-memory from the process's VmHWM. Nothing of this has been seen on a phone: docs/devices.md says what has.
+Each round is a fresh process of the runner, pinned to the big cores, that answers one question about one
+picture several times. The picture and the prompt are prepared here by the session's own code, so the phone
+runs the bundle's parts and nothing else, and its tokens are compared with the session's. Heat and battery
+come from dumpsys. Nothing of this has been seen on a phone: docs/devices.md says what has.
 """
 
 from __future__ import annotations
 
 import datetime
-import re
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.bench import bench_facts, bench_grid, bench_summary
+from evals.bench import bench_facts, bench_grid, bench_results, bench_summary, emulation
 from evals.bench.bench_conditions import DeviceSheet, Disturbance, Energy, Reason
 from evals.bench.bench_facts import BundleFacts
 from evals.bench.bench_results import (
@@ -28,25 +27,18 @@ from evals.bench.bench_results import (
     Load,
     Memory,
     PointResult,
-    Policy,
     Run,
     Times,
     Tool,
 )
-from evals.remote import remote_phone
-from evals.remote.remote_phone import Adb, heat, last_line
+from evals.remote import remote_phone, remote_runner, runner_output, runner_plan
+from evals.remote.remote_phone import Adb, heat
+from evals.remote.remote_runner import Program
 from evals.remote.remote_ssh import DeviceError
+from evals.remote.runner_output import Runner, Said
+from evals.remote.runner_plan import Case, Policy
 from runtime.errors import InputError
 from runtime.files import sha256_file
-
-FOLDER = "/data/local/tmp/pocketvlm"
-"""Where adb's shell may write and run programs."""
-
-NUMBER = r"=\s*([\d.]+) ms"
-LOAD = re.compile(rf"load time {NUMBER}")
-PREFILL = re.compile(rf"prompt eval time {NUMBER} /\s*(\d+) tokens")
-DECODE = re.compile(rf"(?<!prompt )eval time {NUMBER} /\s*(\d+) runs")
-ENCODE = re.compile(r"(?:slice encoded in|batch encoding done in) (\d+) ms")
 
 Tell = Callable[[str], None]
 
@@ -60,170 +52,147 @@ class Asked:
     image: Path | None = None
     question: str | None = None
     rounds: int = 5
+    repeats: int = 10
+    warmup: int = 3
     tokens: int = 16
     threads: int | None = None
 
 
 @dataclass(frozen=True)
-class Counters:
-    """What one process of llama.cpp says of itself. decode_ms: mean of a token; prefill holds encode."""
+class Phone:
+    """Where it is measured, and with what. `emulated`: why it is no phone."""
 
-    load_ms: float
-    encode_ms: float | None
-    prefill_ms: float
-    prompt_tokens: int
-    decode_ms: float
-    decoded: int
+    sheet: DeviceSheet
+    program: Program
+    runner: Runner
+    cores: tuple[int, ...]
+    emulated: str | None
 
 
 def bench(url: str, asked: Asked, tell: Tell = print) -> BenchResults:
-    """Measure on the phone. Raises DeviceError, InputError, BundleError."""
+    """Measure on the phone. Raises DeviceError, InputError, BundleError, MissingExtra."""
     (facts,) = bench_facts.read([asked.bundle])
-    if facts.manifest.format != "gguf":
-        raise InputError(f"{asked.bundle}: is {facts.manifest.format}; a phone behind adb runs gguf bundles")
+    if why := runner_plan.refusal(facts.manifest):
+        raise InputError(f"{asked.bundle}: {why}")
+    program = remote_runner.find(asked.runner)
     machine = remote_phone.program_machine(asked.runner)
     image, question = bench_grid.subject(asked.bundle, asked.image, asked.question)
     adb = Adb(remote_phone.parse(url))
     adb.connect()
-    properties = remote_phone.properties_of(adb)
-    abis = properties.get("ro.product.cpu.abilist", properties.get("ro.product.cpu.abi", "")).split(",")
-    if machine not in abis:
-        raise DeviceError(f"{asked.runner}: is for {machine}; {adb.name} runs {' '.join(abis)}")
-    clusters = remote_phone.clusters_of(adb)
-    cores = remote_phone.big_cores(clusters)
-    sheet = remote_phone.sheet(adb, properties, clusters)
-    places = _copy(adb, asked, image, {part.role: part.path for part in facts.manifest.parts}, tell)
-    threads = asked.threads or max(1, len(cores))
-    command = _command(places, question, asked.tokens, threads, cores)
+    phone = _phone(adb, program, machine, facts, tell)
+    policy = Policy(asked.warmup, asked.repeats, asked.tokens, asked.threads or max(1, len(phone.cores)))
+    tell(f"{facts.name}: answering here, to compare")
+    case = runner_plan.make(asked.bundle, image, question, policy)
+    remote_runner.copy_case(adb, case, tell)
     runs = []
     for number in range(asked.rounds):
         tell(f"{facts.name}, round {number + 1} of {asked.rounds}")
-        runs.append(_run(adb, command, number))
+        runs.append(_run(adb, phone, number))
     grid = GridPoint(id="default", image=image.name, image_sha256=sha256_file(image), question=question)
-    return _results(asked, facts, sheet, threads, grid, runs)
+    return _results(phone, facts, case, policy, grid, runs)
 
 
-def _results(
-    asked: Asked,
-    facts: BundleFacts,
-    sheet: DeviceSheet,
-    threads: int,
-    grid: GridPoint,
-    runs: Sequence[tuple[Run, Counters]],
-) -> BenchResults:
-    last = runs[-1][1]
-    point = PointResult(
-        point=grid.id,
-        prompt_tokens=last.prompt_tokens,
-        image_tokens=0,
-        decode_tokens=last.decoded,
-        runs=tuple(run for run, _ in runs),
-        energy=Energy(why_not="not measured over adb: the phone charges from the cable"),
-    )
-    return bench_summary.complete(
-        BenchResults(
-            schema=SCHEMA,
-            created=_now(),
-            tool=Tool(name="llama-mtmd-cli", version=sha256_file(asked.runner)[:12]),
-            source="adb",
-            device=sheet,
-            policy=Policy(
-                rounds=asked.rounds, warmup=0, repeats=1, decode_tokens=last.decoded, threads=threads
-            ),
-            grid=(grid,),
-            bundles=(facts.result().model_copy(update={"points": (point,)}),),
-            missing=(
-                Reason(what="first text (TTFT)", why="llama-mtmd-cli does not time it whole"),
-                Reason(what="prefill", why="llama.cpp's counter holds the encoding of the image too"),
-                Reason(what="image preprocessing", why="llama-mtmd-cli does not time it"),
-                Reason(what="image tokens", why="llama-mtmd-cli counts them with the prompt's"),
-            ),
-            notes=(
-                "decode: one value per process, the mean of its tokens, as llama.cpp counts it",
-                "picture and prompt are prepared by llama.cpp, not as the bundle says",
-            ),
-        )
+def _phone(adb: Adb, program: Program, machine: str, facts: BundleFacts, tell: Tell) -> Phone:
+    """Look at the phone and let the runner there say who it is, before anything large is copied."""
+    properties = remote_phone.properties_of(adb)
+    abis = properties.get("ro.product.cpu.abilist", properties.get("ro.product.cpu.abi", "")).split(",")
+    if machine not in abis:
+        raise DeviceError(f"{program.path}: is for {machine}; {adb.name} runs {' '.join(abis)}")
+    clusters = remote_phone.clusters_of(adb)
+    sheet = remote_phone.sheet(adb, properties, clusters)
+    remote_runner.copy_program(adb, program, tell)
+    runner = remote_runner.hello(adb, program, facts.path, runner_plan.BACKENDS[facts.manifest.format])
+    packages = {**sheet.packages, runner.backend: runner.version}
+    return Phone(
+        sheet=sheet.model_copy(update={"packages": packages}),
+        program=program,
+        runner=runner,
+        cores=tuple(remote_phone.big_cores(clusters)),
+        emulated=remote_phone.emulator(properties),
     )
 
 
-def read_counters(said: str) -> Counters | None:
-    """llama.cpp's counters from what it printed; None when it did not get to its end."""
-    load, prefill, decode = LOAD.search(said), PREFILL.search(said), DECODE.search(said)
-    if not load or not prefill or not decode or not int(decode[2]):
-        return None
-    encodes = [float(one) for one in ENCODE.findall(said)]
-    return Counters(
-        load_ms=float(load[1]),
-        encode_ms=sum(encodes) if encodes else None,
-        prefill_ms=float(prefill[1]),
-        prompt_tokens=int(prefill[2]),
-        decode_ms=float(decode[1]) / int(decode[2]),
-        decoded=int(decode[2]),
+def _run(adb: Adb, phone: Phone, number: int) -> tuple[Run, Said]:
+    """One process."""
+    before, started = heat(adb), _now()
+    said = remote_runner.measure(adb, phone.program, phone.cores)
+    after = heat(adb)
+    memory = Memory(
+        meter="VmHWM",
+        load_peak_rss_mib=said.load_peak_kib / 1024,
+        peak_rss_mib=said.peak_kib / 1024,
     )
-
-
-# --- there --------------------------------------------------------------
-
-
-def _copy(adb: Adb, asked: Asked, image: Path, parts: Mapping[str, str], tell: Tell) -> dict[str, str]:
-    """Push program, picture and the two models; where each is there."""
-    adb.shell(f"mkdir -p {FOLDER}")
-    sources = {
-        "runner": asked.runner,
-        "image": image,
-        "text_model": asked.bundle / parts["text_model"],
-        "mmproj": asked.bundle / parts["mmproj"],
-    }
-    places = {role: f"{FOLDER}/{role}{path.suffix}" for role, path in sources.items()}
-    for role, path in sources.items():
-        copied = adb.push(path, places[role])
-        tell(f"{path.name}: {'copied' if copied else 'is there already'}")
-    adb.shell(f"chmod 755 {places['runner']}")
-    return places
-
-
-def _command(names: Mapping[str, str], question: str, tokens: int, threads: int, cores: Sequence[int]) -> str:
-    arguments = [
-        *(names["runner"], "-m", names["text_model"], "--mmproj", names["mmproj"], "--image", names["image"]),
-        *("-p", question, "-n", str(tokens), "-t", str(threads), "--temp", "0", "--ignore-eos", "--jinja"),
-        *("-lv", "4"),  # the counters, and what they count
-    ]
-    mask = sum(1 << core for core in cores)
-    return f"taskset {mask:x} {shlex.join(arguments)}" if mask else shlex.join(arguments)
-
-
-def _run(adb: Adb, command: str, number: int) -> tuple[Run, Counters]:
-    """One process; its memory is read every fifth of a second, and never shrinks."""
-    before = heat(adb)
-    said = adb.shell(
-        f"cd {FOLDER}; {command} </dev/null >log 2>&1 & p=$!; peak=0\n"
-        "while kill -0 $p 2>/dev/null; do\n"
-        '  found=$(grep VmHWM /proc/$p/status 2>/dev/null); [ -z "$found" ] || peak=$found; sleep 0.2\n'
-        'done\nwait $p; code=$?; cat log; echo; echo "@@peak $peak"; (exit $code)',
-        check=False,
-    )
-    found = read_counters(said)
-    if found is None:
-        lines = said.partition("@@peak")[0]
-        raise DeviceError(f"{adb.name}: llama-mtmd-cli: {last_line(lines)}")
-    after, peak = heat(adb), re.search(r"@@peak VmHWM:\s*(\d+) kB", said)
     run = Run(
         round=number,
         order=number,
-        started=_now(),
-        load=Load(cold_ms=found.load_ms),
+        started=started,
+        load=Load(cold_ms=said.load_ms),
         times=Times(
-            encode_ms=() if found.encode_ms is None else (found.encode_ms,),
-            decode_ms=((found.decode_ms,),),
+            encode_ms=tuple(answer.encode_ms for answer in said.answers),
+            prefill_ms=tuple(answer.prefill_ms for answer in said.answers),
+            ttft_ms=tuple(answer.first_ms for answer in said.answers),
+            decode_ms=tuple(answer.decode_ms for answer in said.answers),
+            end_to_end_ms=tuple(answer.total_ms for answer in said.answers),
         ),
-        memory=Memory(meter="VmHWM", peak_rss_mib=int(peak[1]) / 1024) if peak else None,
+        memory=memory if said.peak_kib else None,
         disturbance=Disturbance(
             celsius_before=before[0],
             celsius_after=after[0],
             thermal_state_after=after[1],
         ),
     )
-    return run, found
+    return run, said
+
+
+def _results(
+    phone: Phone,
+    facts: BundleFacts,
+    case: Case,
+    policy: Policy,
+    grid: GridPoint,
+    runs: Sequence[tuple[Run, Said]],
+) -> BenchResults:
+    processes = [said for _, said in runs]
+    emulated = phone.emulated or emulation.reason(processes[0].program, phone.sheet.architecture)
+    point = PointResult(
+        point=grid.id,
+        prompt_tokens=case.prompt_tokens,
+        image_tokens=case.image_tokens,
+        decode_tokens=policy.decode_tokens,
+        runs=tuple(run for run, _ in runs),
+        energy=Energy(why_not="not measured over adb: the phone charges from the cable"),
+    )
+    measured = {"points": (point,), "state_bytes": case.state_bytes, "max_context": case.max_context}
+    return bench_summary.complete(
+        BenchResults(
+            schema=SCHEMA,
+            created=_now(),
+            tool=Tool(
+                name=f"pocketvlm's runner for {phone.runner.backend}", version=str(runner_plan.VERSION)
+            ),
+            source="adb",
+            emulated=emulated is not None,
+            emulated_why=emulated,
+            device=phone.sheet,
+            policy=bench_results.Policy(
+                rounds=len(runs),
+                warmup=policy.warmup,
+                repeats=policy.repeats,
+                decode_tokens=policy.decode_tokens,
+                threads=policy.threads,
+            ),
+            grid=(grid,),
+            bundles=(facts.result().model_copy(update=measured),),
+            missing=(
+                Reason(what="image preprocessing", why="the picture was prepared here, not on the phone"),
+                Reason(what="load, warm", why="each process of the runner opens the bundle once"),
+            ),
+            notes=(
+                "first text and whole answers begin with prepared pixels and end with a token, not with text",
+                runner_output.agreement(case, processes),
+            ),
+        )
+    )
 
 
 def _now() -> str:

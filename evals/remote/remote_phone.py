@@ -105,7 +105,7 @@ def program_machine(path: Path) -> str:
     except OSError as error:
         raise InputError(f"--on-runner {path}: cannot be read ({error.strerror})") from error
     if len(head) < 20 or head[:4] != b"\x7fELF":
-        raise InputError(f"--on-runner {path}: is no Linux program; benchmarks/android_llama.sh builds one")
+        raise InputError(f"--on-runner {path}: is no Linux program; docs/devices.md says how to build one")
     (machine,) = struct.unpack_from("<H", head, 18)
     return MACHINES.get(machine, f"ELF machine {machine}")
 
@@ -147,6 +147,13 @@ def clusters_of(adb: Adb) -> list[CoreCluster]:
             governor = None if words[1] == "-" else words[1]
             found.append(CoreCluster(cpus=cpus, max_mhz=int(words[0]) / 1000, governor=governor))
     return found
+
+
+def emulator(properties: Mapping[str, str]) -> str | None:
+    """Why it is no phone, where it is Android's emulator on a computer."""
+    if "1" in (properties.get("ro.kernel.qemu"), properties.get("ro.boot.qemu")):
+        return "Android's emulator: this shows that it works and what it computes, not how fast a phone is"
+    return None
 
 
 def sheet(adb: Adb, properties: Mapping[str, str], clusters: Sequence[CoreCluster]) -> DeviceSheet:

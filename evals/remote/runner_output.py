@@ -1,6 +1,7 @@
 """What a native runner prints, as numbers.
 
-In: its lines (`native/measure.h` writes them). Out: `Said`. Not here: starting it (`remote/remote_adb.py`).
+In: its lines (`native/measure.h` writes them). Out: `Said`, and whether the session here computes the same.
+Not here: starting it (`remote/remote_runner.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from evals.remote.runner_plan import Case
 
 HELLO = re.compile(r"^pocketvlm-runner (\d+) (\S+) (.+)$", re.MULTILINE)
 ANSWER = re.compile(
@@ -43,12 +46,14 @@ class Said:
     """One process. `program`: the file that runs, as the kernel knows it: an emulator's, where one runs it.
 
     load_peak_kib, peak_kib: VmHWM after opening and at the end; 0 where the system does not say.
+    `logits`: the largest ones of the first step, by id.
     """
 
     program: str
     load_ms: float
     load_peak_kib: int
     peak_kib: int
+    logits: dict[int, float]
     answers: tuple[Timed, ...]
 
 
@@ -70,10 +75,33 @@ def read(said: str) -> Said | None:
             load_ms=float(lines["load_ms"]),
             load_peak_kib=int(lines["load_peak_kib"]),
             peak_kib=int(lines["peak_kib"]),
+            logits=_logits(lines["logits"].split()),
             answers=answers,
         )
     except (KeyError, ValueError):
         return None
+
+
+def agreement(case: Case, processes: Sequence[Said]) -> str:
+    """Whether tokens and first logits are those of the session here, in a sentence."""
+    answers = [answer.tokens for said in processes for answer in said.answers]
+    away = max(abs(said.logits[i] - float(case.logits[i])) for said in processes for i in said.logits)
+    near = f"the first step's largest logits are within {away:.2g} of those there"
+    if away > case.logit_tolerance:
+        near = (
+            f"the first step's largest logits are up to {away:.2g} off, the bundle allows "
+            f"{case.logit_tolerance:.2g} between processors: what is computed there is wrong"
+        )
+    other = next((tokens for tokens in answers if tokens != case.tokens), None)
+    if other is None:
+        return f"answers: all {len(answers)} have the {len(case.tokens)} tokens of the Python session; {near}"
+    pairs = enumerate(zip(other, case.tokens, strict=False))
+    place = next((i for i, (there, here) in pairs if there != here), len(other))
+    return f"answers: from token {place + 1} of {len(case.tokens)} on not those of the Python session; {near}"
+
+
+def _logits(words: Sequence[str]) -> dict[int, float]:
+    return {int(token): float(value) for token, value in zip(words[::2], words[1::2], strict=True)}
 
 
 def _timed(found: Sequence[str]) -> Timed:

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import bundle as bundles
-from runtime import open_bundle
+from runtime import conformance, open_bundle
 from runtime.errors import InputError
 from runtime.generation import GenerationOptions
 from runtime.image import PreparedImage
-from runtime.manifest import Manifest, StateTensor
+from runtime.manifest import Manifest, StateTensor, TensorSpec
 from runtime.onnx_state import step_inputs, types_input
 from runtime.sequence import positions_of
 from runtime.session import Session
@@ -43,7 +43,8 @@ BUNDLE, CASE = "bundle", "case"
 class Case:
     """One measurement. `files`: by their path on the phone; `parts`: files of the bundle, by theirs.
 
-    `tokens`: what the session here answers, stop or not; `text`: the same as text.
+    What the session here answers, stop or not: `tokens`, the same as `text`, and the first step's `logits`
+    (vocabulary,). `logit_tolerance`: by how much the bundle lets logits differ between processors.
     """
 
     backend: str
@@ -52,6 +53,8 @@ class Case:
     parts: dict[str, Path]
     tokens: tuple[int, ...]
     text: str
+    logits: NDArray[np.float32]
+    logit_tolerance: float
     prompt_tokens: int
     image_tokens: int
     state_bytes: int
@@ -97,7 +100,9 @@ def make(bundle: Path, image: Path, question: str, policy: Policy) -> Case:
         ids = session.prompt_ids(question, [picture])
         session.check_length(ids, policy.decode_tokens)
         options = GenerationOptions(max_new_tokens=policy.decode_tokens + 1, ignore_stop=True)
-        answer = session.ask(picture, question, options)
+        features = [session.encode_image(picture)]
+        logits = session.prefill(ids, features)
+        answer = session.complete(ids, features, options)
         files = _files(session, ids, picture)
         lines = [
             f"pocketvlm-plan {VERSION}",
@@ -114,6 +119,8 @@ def make(bundle: Path, image: Path, question: str, policy: Policy) -> Case:
             parts={f"{BUNDLE}/{path}": bundles.locate(bundle, path) for path in _paths(manifest)},
             tokens=tuple(answer.token_ids),
             text=answer.text,
+            logits=logits,
+            logit_tolerance=max(case.logit_tolerance for case in conformance.read(bundle)),
             prompt_tokens=len(ids),
             image_tokens=picture.tokens,
             state_bytes=session.kv_bytes,
@@ -192,11 +199,13 @@ def _inputs(manifest: Manifest, picture: PreparedImage) -> list[dict[str, NDArra
     if manifest.format == "gguf":
         return [{"pixel_bytes": view.inputs["pixel_bytes"]} for view in picture.views]
     specs = manifest.part("vision_encoder").inputs
-    return [{spec.name: view.inputs[spec.name].astype(spec.dtype) for spec in specs} for view in picture.views]
+    return [
+        {spec.name: view.inputs[spec.name].astype(spec.dtype) for spec in specs} for view in picture.views
+    ]
 
 
 def _types(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
-    """(name, its type, the type that the runner feeds or reads) of tensors that are no state and no pixels."""
+    """(name, its type, the type that the runner has a buffer of) of what is no state and no pixels."""
     embed, deepstack = manifest.part("embed_tokens"), manifest.deepstack
     yield embed.inputs[0].name, embed.inputs[0].dtype, "int64"
     features = ["image_features", *([deepstack.output] if deepstack else [])]
@@ -209,13 +218,15 @@ def _types(manifest: Manifest) -> Iterator[tuple[str, str, str]]:
         yield name, spec.dtype, "float32" if is_float else "int64"
 
 
-def _output(manifest: Manifest, role: str, name: str):  # type: ignore[no-untyped-def]
+def _output(manifest: Manifest, role: str, name: str) -> TensorSpec:
     return next(spec for spec in manifest.part(role).outputs if spec.name == name)
 
 
 def _paths(manifest: Manifest) -> list[str]:
     """Files of the parts, their data too; one that parts share comes once."""
-    return list(dict.fromkeys(path for part in manifest.parts for path in (part.path, *(d.path for d in part.data))))
+    return list(
+        dict.fromkeys(path for part in manifest.parts for path in (part.path, *(d.path for d in part.data)))
+    )
 
 
 def _input_file(view: int, name: str) -> str:
@@ -234,5 +245,7 @@ def _bytes(array: NDArray[np.generic]) -> bytes:
 def _word(name: str) -> str:
     """A name that a line of words can hold. Raises InputError."""
     if name.split() != [name]:
-        raise InputError(f"bundle: a tensor is called {name!r}, the runner takes no spaces in names; export it again")
+        raise InputError(
+            f"bundle: a tensor is called {name!r}, the runner takes no spaces in names; export it again"
+        )
     return name

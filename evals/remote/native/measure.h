@@ -6,6 +6,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -14,6 +15,7 @@
 #include <fstream>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -70,8 +72,23 @@ inline std::string program() {
     return found.empty() ? "unknown" : found.substr(found.rfind('/') + 1);
 }
 
-/// One answer: the whole of it is printed when it is over, so that printing is in no time.
-inline void answer(Backend& backend, const Plan& plan, bool kept) {
+/// The largest logits as text: id, value, id, value, ...
+inline std::string largest(const float* logits, int64_t vocabulary) {
+    std::vector<int64_t> ids(static_cast<size_t>(vocabulary));
+    std::iota(ids.begin(), ids.end(), 0);
+    const auto end = ids.begin() + std::min<int64_t>(5, vocabulary);
+    std::partial_sort(ids.begin(), end, ids.end(), [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
+    std::string found;
+    for (auto id = ids.begin(); id != end; ++id) {
+        char text[64];
+        std::snprintf(text, sizeof text, " %lld %.9g", static_cast<long long>(*id), static_cast<double>(logits[*id]));
+        found += text;
+    }
+    return found;
+}
+
+/// One answer: it is printed when it is over, and looking at the first logits is in no time.
+inline void answer(Backend& backend, const Plan& plan, bool kept, bool is_first) {
     std::vector<int64_t> tokens;
     std::vector<double> decode_ms;
     const Clock::time_point start = Clock::now();
@@ -82,13 +99,16 @@ inline void answer(Backend& backend, const Plan& plan, bool kept) {
     const double prefill_ms = ms_since(encoded);
     tokens.push_back(choose(logits, backend.vocabulary()));
     const double first_ms = ms_since(start);
+    const Clock::time_point looking = Clock::now();
+    if (is_first) std::printf("logits%s\n", largest(logits, backend.vocabulary()).c_str());
+    const double looked_ms = ms_since(looking);
     for (int64_t step = 0; step + 1 < plan.tokens; ++step) {
         const Clock::time_point mark = Clock::now();
         logits = backend.decode(tokens.back(), plan.next_position + step);
         decode_ms.push_back(ms_since(mark));
         tokens.push_back(choose(logits, backend.vocabulary()));
     }
-    const double total_ms = ms_since(start);
+    const double total_ms = ms_since(start) - looked_ms;
     if (!kept) return;
     std::printf("answer encode_ms %.6f prefill_ms %.6f first_ms %.6f total_ms %.6f\ndecode_ms", encode_ms, prefill_ms,
                 first_ms, total_ms);
@@ -104,7 +124,7 @@ inline void measure(const Plan& plan, const Open& open) {
     const std::unique_ptr<Backend> backend = open(plan);
     std::printf("load_ms %.6f\nload_peak_kib %ld\n", ms_since(start), peak_kib());
     for (int number = 0; number < plan.warmup + plan.repeats; ++number) {
-        answer(*backend, plan, number >= plan.warmup);
+        answer(*backend, plan, number >= plan.warmup, number == 0);
     }
     std::printf("peak_kib %ld\ndone\n", peak_kib());
 }
