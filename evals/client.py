@@ -275,7 +275,7 @@ class Client:
                 fault = f"no connection ({_short(error.__cause__ or error)})"
             except openai.APIStatusError as error:
                 status = error.status_code
-                fault = f"HTTP {status}: {_short(error.message)}"
+                fault = f"HTTP {status}: {_short(_words(error.body) or error.message)}"
                 if status < 500 and status not in TRANSIENT:
                     raise self._refusal(path, status, fault) from error
                 wait = _retry_after(error.response.headers)
@@ -329,6 +329,14 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return min(max(float(headers.get("retry-after", "")), 0.0), LONGEST_PAUSE_SECONDS)
     except ValueError:
         return None
+
+
+def _words(body: object) -> str:
+    """What a server says in an error's body. openai's own text leaves FastAPI's `detail` out, which is where
+    `transformers serve` says what it wants."""
+    if isinstance(body, Mapping):
+        return str(body.get("message") or body.get("detail") or dict(body))
+    return str(body or "")
 
 
 def _short(error: object, most: int = 300) -> str:

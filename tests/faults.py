@@ -43,9 +43,9 @@ def echo(body: dict[str, Any]) -> dict[str, Any]:
 class FaultServer:
     """`url` is what clients use. `bodies` are the requests that were answered well, `seen` counts all.
 
-    Faults: `500`, `429` (with Retry-After 0), `400`, `half` (a cut JSON), `empty` ({}), `page` (HTML), `cut`
-    (the connection ends in the middle), `reset` (it breaks), `mute` (nothing for `mute_seconds`), `slow`,
-    `dead` (reset, from now on).
+    Faults: `500`, `429` (with Retry-After 0), `400`, `detail` (400 as FastAPI words it), `half` (a cut JSON),
+    `empty` ({}), `page` (HTML), `cut` (the connection ends in the middle), `reset` (it breaks), `mute`
+    (nothing for `mute_seconds`), `slow`, `dead` (reset, from now on).
     """
 
     def __init__(self, answer: Answer = echo, upstream: int | None = None, mute_seconds: float = 3.0) -> None:
@@ -127,6 +127,8 @@ class FaultServer:
         elif fault.isdigit():
             headers = {"retry-after": "0"} if fault == "429" else {}
             self.reply(handler, int(fault), b'{"error": {"message": "no luck"}}', **headers)
+        elif fault == "detail":
+            self.reply(handler, 400, b'{"detail": "pinned to another"}')
         elif fault == "page":
             self.reply(handler, 200, b"<html>gateway</html>")
         elif fault == "empty":

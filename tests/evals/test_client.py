@@ -104,6 +104,9 @@ def test_a_refused_request_is_not_tried_again(server: FaultServer) -> None:
         with pytest.raises(RequestRefused, match=r"refuses the request .HTTP 400.*no luck"):
             client.generate(asks("x"))
         assert server.seen == 2
+        server.plan.append("detail")
+        with pytest.raises(RequestRefused, match=r"HTTP 400: pinned to another"):
+            client.generate(asks("x"))
         for status, hint in ((401, "OPENAI_API_KEY"), (404, "/v1/models")):
             server.plan.append(str(status))
             with pytest.raises(ServerError, match=hint):
