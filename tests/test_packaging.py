@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 import pocketvlm
 from distill import settings
+from distill.recipe import Recipe
 from runtime import installation
 from tests import modules as module_list
 
@@ -195,9 +196,20 @@ def test_the_compose_file_builds_a_stage_and_its_recipe_lines_are_read() -> None
     stages = re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert services["distil"]["build"]["target"] in stages
     assert services["distil"]["command"][0] in typer.main.get_group(pocketvlm.app).commands
-    lines = yaml.safe_load("\n".join(re.findall(r"^#   (pool: .*|judge: .*)$", text, re.MULTILINE)))
-    assert settings.Pool.model_validate(lines["pool"]).engine.url == lines["judge"]["url"]  # type: ignore[union-attr]
-    assert settings.ModelJudge.model_validate(lines["judge"]).given
+    lines = yaml.safe_load("\n".join(re.findall(r"^#   (\w+: .*)$", text, re.MULTILINE)))
+    assert set(lines) == {"teachers", "pool", "judge"}
+    data = {"train": [{"format": "easy-vqa", "split": "train"}]}
+    found = Recipe.model_validate({"name": "it", "student": {"checkpoint": "student"}, "data": data, **lines})
+    assert isinstance(found.pool.engine, settings.OpenAI) and isinstance(found.judge, settings.ModelJudge)
+    assert found.pool.engine.url == found.judge.url == f"http://teacher:{_port(services['teacher'])}/v1"
+    assert found.pool.engine.model == "teacher"
+
+
+def _port(service: dict[str, Any]) -> str:
+    """Where the teacher listens, and where its health is asked for."""
+    port = service["command"][service["command"].index("--port") + 1]
+    assert f":{port}/" in service["healthcheck"]["test"][-1]
+    return str(port)
 
 
 def test_the_licence_is_the_one_declared() -> None:
