@@ -80,7 +80,8 @@ def bench(url: str, asked: Asked, tell: Tell = print) -> BenchResults:
     adb = Adb(remote_phone.parse(url))
     adb.connect()
     phone = _phone(adb, program, machine, facts, tell)
-    policy = Policy(asked.warmup, asked.repeats, asked.tokens, asked.threads or max(1, len(phone.cores)))
+    threads = asked.threads or len(phone.cores) or phone.sheet.cores
+    policy = Policy(asked.warmup, asked.repeats, asked.tokens, threads)
     tell(f"{facts.name}: answering here, to compare")
     case = runner_plan.make(asked.bundle, image, question, policy)
     remote_runner.copy_case(adb, case, tell)

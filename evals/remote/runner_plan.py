@@ -91,11 +91,14 @@ def refusal(manifest: Manifest) -> str:
 
 
 def make(bundle: Path, image: Path, question: str, policy: Policy) -> Case:
-    """Prepare a case and answer it here. Raises InputError, BundleError, MissingExtra."""
+    """Prepare a case and answer it here, with as many threads as there: llama.cpp's rounding depends on them.
+
+    Raises InputError, BundleError, MissingExtra.
+    """
     manifest = bundles.read(bundle, verify=False)
     if why := refusal(manifest):
         raise InputError(f"{bundle}: {why}")
-    with open_bundle(bundle, reuse=False) as session:
+    with open_bundle(bundle, threads=policy.threads, spin=False, reuse=False) as session:
         picture = session.prepare(image)
         ids = session.prompt_ids(question, [picture])
         session.check_length(ids, policy.decode_tokens)

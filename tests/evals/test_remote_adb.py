@@ -13,22 +13,27 @@ from pathlib import Path
 import pytest
 
 from evals.bench.bench_conditions import CoreCluster
-from evals.remote import remote_adb, remote_phone
-from evals.remote.remote_adb import Asked, read_counters
+from evals.bench.bench_results import BenchResults
+from evals.remote import remote_adb, remote_phone, remote_runner
+from evals.remote.remote_adb import Asked
 from evals.remote.remote_ssh import DeviceError
 from runtime.errors import InputError
 
-LOG = """\
-0.00.220.402 I encoding mtmd batch, n_chunks = 1 (done = 1, total = 3)
-0.00.489.749 I mtmd batch encoding done in 269 ms
-0.00.516.368 I image decoded (batch 1/1) in 26 ms
-gray rectangle
-0.00.560.836 I llama_perf_context_print:        load time =      26.75 ms
-0.00.560.887 I llama_perf_context_print: prompt eval time =     333.67 ms /   110 tokens (    3.03 ms/token)
-0.00.560.917 I llama_perf_context_print:        eval time =       6.29 ms /     5 runs   (    1.26 ms/token)
-0.00.560.945 I llama_perf_context_print:       total time =     432.56 ms /   115 tokens
+SAID = """\
+program runner
+load_ms 26.75
+load_peak_kib 20480
+logits 7 3.5 9 3.25
+answer encode_ms 4.5 prefill_ms 6.25 first_ms 11 total_ms 13.5
+decode_ms 1.25 1.5
+tokens 7 9 7
+answer encode_ms 4 prefill_ms 6 first_ms 10.5 total_ms 12.5
+decode_ms 1 1
+tokens 7 9 7
+peak_kib 30720
+done
 """
-"""As benchmarks/android_llama.sh's program printed it under qemu, but for the answer and shorter units."""
+HELLO = "pocketvlm-runner 1 onnxruntime 1.31.1\n"
 
 PROPERTIES = """\
 [ro.product.manufacturer]: [Maker]
@@ -50,7 +55,9 @@ ADB = """\
 #!/bin/sh
 # adb [-s SERIAL] get-state | shell SCRIPT | push FROM TO, with the phone's folder at $PHONE
 [ "$1" = -s ] && { [ "$2" = phone ] || { echo "error: device '$2' not found" >&2; exit 1; }; shift 2; }
-place() { printf '%s' "$1" | sed "s#/data/local/tmp/pocketvlm#$PHONE#g"; }
+place() {
+  printf '%s' "$1" | sed -e "s#/data/local/tmp/pocketvlm#$PHONE#g" -e 's# \\./runner/onnx-runner# program#'
+}
 case $1 in
   get-state) cat "$STATE" >&2; [ -s "$STATE" ] || echo device;;
   push) [ -z "$FULL" ] || { echo "adb: error: write: No space left on device"; exit 1; }
@@ -69,11 +76,14 @@ def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "adb": ADB,
         "getprop": f"#!/bin/sh\ncat <<'END'\n{PROPERTIES}END\n",
         "dumpsys": f"#!/bin/sh\n[ $1 = thermalservice ] || cat <<'END'\n{BATTERY}END\n",
-        "taskset": f"#!/bin/sh\necho \"$@\" >> $PHONE.calls\nsleep 0.3\ncat <<'END'\n{LOG}END\n",
+        "taskset": '#!/bin/sh\necho "$@" >> $PHONE.calls\nshift\n"$@"\n',
+        "program": "#!/bin/sh\n[ $1 = --version ] && exec cat $PHONE.hello\n. $PHONE.act\n",
     }
     for name, text in programs.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
+    (tmp_path / "phone.hello").write_text(HELLO)
+    (tmp_path / "phone.act").write_text(f"cat <<'END'\n{SAID}END\n")
     state = tmp_path / "state"
     state.write_text("")
     for name, value in {"PHONE": tmp_path / "phone", "TOOLS": tools, "STATE": state, "FULL": ""}.items():
@@ -86,35 +96,16 @@ def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Path:
-    """As long as an Arm program's header: the made-up taskset runs no program."""
-    path = tmp_path / "llama-mtmd-cli"
+    """As long as an Arm program's header: the made-up phone runs a script in its place."""
+    path = tmp_path / "build" / "onnx-runner"
+    path.parent.mkdir()
     path.write_bytes(
         b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00" + (183).to_bytes(2, "little") + bytes(100)
     )
     return path
 
 
-@pytest.fixture(scope="module")
-def gguf_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("gguf")
-    pytest.importorskip("llama_cpp")
-    from export import export_checkpoint
-    from tests import gguf_checkpoints
-
-    folder = tmp_path_factory.mktemp("gguf")
-    return export_checkpoint(
-        gguf_checkpoints.write("smolvlm", folder / "checkpoint"), folder / "b", to="gguf", precision="q8_0"
-    )
-
-
 # --- what is read -----------------------------------------------------
-
-
-def test_counters_of_llama_cpp() -> None:
-    found = read_counters(LOG)
-    assert found == remote_adb.Counters(26.75, 269.0, 333.67, 110, 6.29 / 5, 5)
-    assert read_counters(LOG.partition("        eval")[0]) is None
-    assert read_counters("") is None
 
 
 @pytest.mark.parametrize(
@@ -154,33 +145,105 @@ def test_programs_for_other_processors(tmp_path: Path, runner: Path) -> None:
 # --- plumbing ---------------------------------------------------------
 
 
-def test_a_bench_through_adb(phone: Path, runner: Path, gguf_bundle: Path) -> None:
-    found = remote_adb.bench("adb://phone", Asked(gguf_bundle, runner, rounds=2), lambda line: None)
+def bench(bundle: Path, runner: Path, **asked: int) -> BenchResults:
+    return remote_adb.bench("adb://phone", Asked(bundle, runner, **{"rounds": 2, "tokens": 2, **asked}), tell)
+
+
+def tell(line: str) -> None:
+    """Nobody listens."""
+
+
+def test_a_bench_through_adb(phone: Path, runner: Path, tiny_bundle: Path) -> None:
+    (runner.parent / "libonnxruntime.so.1").write_bytes(b"library")
+    found = bench(tiny_bundle, runner)
     assert (found.source, found.device.name, found.device.cpu) == ("adb", "Maker Phone 9", "SM8650")
-    assert (found.device.os, found.device.battery_share, found.device.power_source) == (
-        "Android 15",
-        0.87,
-        "mains",
-    )
+    assert (found.device.os, found.device.battery_share) == ("Android 15", 0.87)
+    assert (found.device.power_source, found.device.packages["onnxruntime"]) == ("mains", "1.31.1")
     (bundle,) = found.bundles
     (point,) = bundle.points
-    assert len(point.runs) == 2 and point.prompt_tokens == 110
-    assert point.summary is not None and point.summary.decode_tok_s == pytest.approx(5000 / 6.29)
-    assert (
-        point.summary.ttft_ms is None
-        and point.summary.prefill_ms is None
-        and any("TTFT" in one.what for one in found.missing)
-    )
+    assert len(point.runs) == 2 and point.summary is not None and point.decode_tokens == 2
+    assert point.summary.encode_ms is not None and point.summary.encode_ms.n == 4
+    assert point.summary.prefill_ms is not None and point.summary.prefill_ms.p50 == pytest.approx(6.125)
+    assert point.summary.ttft_ms is not None and point.summary.ttft_ms.most == 11
+    assert point.summary.decode_ms is not None and point.summary.decode_ms.n == 8
+    assert (point.summary.load_peak_rss_mib, point.summary.peak_rss_mib) == (20, 30)
+    assert point.summary.preprocess_ms is None and any("preprocessing" in one.what for one in found.missing)
+    assert any("not those of the Python session" in note for note in found.notes)
+    assert not found.emulated
     assert point.runs[0].disturbance is not None
     assert point.runs[0].disturbance.celsius_after == 31.2
     assert point.runs[0].disturbance.thermal_state_after == "fair"
+
+
+def test_what_gets_to_the_phone(phone: Path, runner: Path, tiny_bundle: Path) -> None:
+    (runner.parent / "libonnxruntime.so.1").write_bytes(b"library")
+    bench(tiny_bundle, runner, rounds=1)
     calls = phone.with_name("phone.calls").read_text().splitlines()
-    assert len(calls) == 2 and calls[0].startswith("30 ") and "-t 2 " in calls[0]
-    assert (phone / "runner").read_bytes() == runner.read_bytes()
+    assert calls == ["30 env LD_LIBRARY_PATH=runner program case/plan.txt"]
+    assert (phone / "runner" / "onnx-runner").read_bytes() == runner.read_bytes()
+    assert (phone / "runner" / "libonnxruntime.so.1").read_bytes() == b"library"
+    plan = (phone / "case" / "plan.txt").read_text().splitlines()
+    assert plan[0] == "pocketvlm-plan 1" and "threads 2" in plan
+    for line in plan:
+        if line.startswith("part "):
+            path = line.split(" ", 2)[2]
+            assert (phone / path).read_bytes() == (tiny_bundle / path.partition("/")[2]).read_bytes()
     pushes = phone.with_name("phone.pushes").read_text()
-    (phone / "runner").write_bytes(b"old")
-    remote_adb.bench("adb://phone", Asked(gguf_bundle, runner, rounds=1), lambda line: None)
+    (phone / "runner" / "onnx-runner").write_bytes(b"old")
+    bench(tiny_bundle, runner, rounds=1)
     assert phone.with_name("phone.pushes").read_text() == pushes + "pushed\n"
+
+
+def test_a_loader_beside_the_program_starts_it(runner: Path) -> None:
+    assert remote_runner.find(runner).command == "./runner/onnx-runner"
+    for name in ("ld-linux-aarch64.so.1", "libc.so.6", "notes.txt"):
+        (runner.parent / name).write_text("")
+    program = remote_runner.find(runner)
+    assert [one.name for one in program.beside] == ["ld-linux-aarch64.so.1", "libc.so.6"]
+    assert program.command == "./runner/ld-linux-aarch64.so.1 --library-path runner ./runner/onnx-runner"
+
+
+@pytest.mark.parametrize("why", ["program", "property"])
+def test_an_emulator_is_no_phone(phone: Path, runner: Path, tiny_bundle: Path, why: str) -> None:
+    if why == "program":
+        act = phone.with_name("phone.act")
+        act.write_text(act.read_text().replace("program runner", "program qemu-aarch64-static"))
+    else:
+        tool = Path(os.environ["TOOLS"], "getprop")
+        tool.write_text(tool.read_text().replace("[ro.soc", "[ro.kernel.qemu]: [1]\n[ro.soc"))
+    found = bench(tiny_bundle, runner, rounds=1)
+    assert found.emulated and "not how fast" in (found.emulated_why or "")
+
+
+@pytest.mark.parametrize(
+    ("hello", "words"),
+    [
+        (
+            "pocketvlm-runner 1 llama.cpp b1\n",
+            "onnx-runner: runs llama.cpp, .* wants the runner for onnxruntime",
+        ),
+        ("pocketvlm-runner 2 onnxruntime 1.31.1\n", "reads plans of version 2, .* build it again"),
+        ("llama.cpp version: 1\n", r"is no runner that answers on adb://phone \(llama.cpp version: 1\)"),
+        ("", r"is no runner .* \(said nothing\)"),
+    ],
+)
+def test_a_runner_for_something_else(
+    phone: Path, runner: Path, tiny_bundle: Path, hello: str, words: str
+) -> None:
+    phone.with_name("phone.hello").write_text(hello)
+    with pytest.raises(DeviceError, match=words):
+        bench(tiny_bundle, runner)
+    assert not (phone / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    "act", ["echo 'error: decoder: cannot be opened'; exit 1", "head -c 90 $PHONE.full; echo; exit 137"]
+)
+def test_a_runner_that_fails(phone: Path, runner: Path, tiny_bundle: Path, act: str) -> None:
+    phone.with_name("phone.full").write_text(SAID)
+    phone.with_name("phone.act").write_text(act + "\n")
+    with pytest.raises(DeviceError, match=r"adb://phone: onnx-runner: (error: decoder|answer encode_ms)"):
+        bench(tiny_bundle, runner)
 
 
 @pytest.mark.parametrize(
@@ -203,31 +266,23 @@ def test_a_phone_that_is_not_there(phone: Path) -> None:
         remote_phone.Adb("other").connect()
 
 
-def test_full_storage_and_a_program_that_fails(
-    phone: Path, runner: Path, gguf_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_storage(phone: Path, runner: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FULL", "yes")
     with pytest.raises(DeviceError, match="storage is full"):
-        remote_adb.bench("adb://phone", Asked(gguf_bundle, runner), lambda line: None)
-    monkeypatch.setenv("FULL", "")
-    Path(os.environ["TOOLS"], "taskset").write_text(
-        "#!/bin/sh\necho 'error: unknown model architecture'\nexit 1\n"
-    )
-    with pytest.raises(DeviceError, match="llama-mtmd-cli: error: unknown model architecture"):
-        remote_adb.bench("adb://phone", Asked(gguf_bundle, runner), lambda line: None)
+        bench(tiny_bundle, runner)
 
 
-def test_a_program_for_another_phone(phone: Path, runner: Path, gguf_bundle: Path) -> None:
+def test_a_program_for_another_phone(phone: Path, runner: Path, tiny_bundle: Path) -> None:
     data = bytearray(runner.read_bytes())
     data[18] = 62
     runner.write_bytes(data)
     with pytest.raises(DeviceError, match="is for x86_64; adb://phone runs arm64-v8a"):
-        remote_adb.bench("adb://phone", Asked(gguf_bundle, runner), lambda line: None)
+        bench(tiny_bundle, runner)
 
 
-def test_only_gguf(phone: Path, runner: Path, tiny_bundle: Path) -> None:
-    with pytest.raises(InputError, match="is onnx; a phone behind adb runs gguf"):
-        remote_adb.bench("adb://phone", Asked(tiny_bundle, runner), lambda line: None)
+def test_no_program(phone: Path, tmp_path: Path, tiny_bundle: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing: is no file; docs/devices\.md"):
+        bench(tiny_bundle, tmp_path / "nothing")
 
 
 def test_no_adb_here(monkeypatch: pytest.MonkeyPatch) -> None:
