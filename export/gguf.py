@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, onnx, target
+from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, onnx, space, target
 from export.checkpoint import load
 from export.families.gguf import gguf_family
 from export.gguf_kinds import DIRECT, Request, check
 from export.gguf_plan import Plan as FilePlan
 from export.gguf_source import Source, open_source
-from export.gguf_write import write
+from export.gguf_write import stored_bytes, write
 from export.onnx import Facts, Progress
 from export.targets import Plan
 from runtime import bundle
@@ -35,6 +36,10 @@ from runtime.image_spec import ImageSpec, ToBytes
 from runtime.manifest import Fallback, Manifest, Part
 from runtime.prompt import load_tokenizer
 
+_OTHERS = 32 * 2**20
+"""Bytes of a bundle beside its tensors: tokenizers, conformance vectors."""
+_NARROW = ("f32", "f16")
+"""Types whose own logits say enough of their files."""
 _TOOLS = ("torch", "transformers", "gguf", "llama-cpp-python")
 _VISION = {"f32": "f32", "f16": "f16", "bf16": "f16"}
 """mmproj by the text model's type; q8_0 with every smaller one (q4_0 moves image features by half)."""
@@ -68,12 +73,16 @@ def export_gguf(
     request = request or Request()
     if examples and not request.importance:
         raise InputError("examples: nothing here is calibrated; ask for --imatrix, or leave --data out")
+    if request.importance and all(check(kind) in DIRECT for kind in targets):
+        raise InputError(f"imatrix: weighs nothing in {', '.join(targets)}; for types such as q4_k_m, q4_0")
     for kind, path in targets.items():
         check(kind)
         target.check(path)
     say = progress or (lambda _: None)
     say("reading the checkpoint")
     found = plan_files(checkpoint)
+    types = llamacpp.chosen([piece.name for piece in found.text.pieces], request.rules)
+    space.ask(_needed(found, targets, types))
     facts = onnx.prepare(
         load(checkpoint),
         sample_images,
@@ -82,6 +91,7 @@ def export_gguf(
         plan=plan,
         examples=examples,
         trace=False,
+        expect=False,
     )
     facts = replace(facts, image=as_bytes(facts.image), geometry=facts.image)
     with target.workspace(next(iter(targets.values()))) as scratch:
@@ -103,6 +113,23 @@ def plan_files(checkpoint: Path) -> Files:
     )
 
 
+def _needed(
+    files: Files, targets: Mapping[str, Path], types: Mapping[str, str]
+) -> Iterator[tuple[Path, int]]:
+    """(where, bytes at most) of the bundles, and of the float32 files that stand beside them meanwhile."""
+
+    def asked(name: str) -> GGMLQuantizationType | None:
+        return llamacpp.ggml_type(types[name]) if name in types else None
+
+    first, kinds = next(iter(targets.values())), [check(kind) for kind in targets]
+    for kind, path in zip(kinds, targets.values(), strict=True):
+        direct = kind if kind in DIRECT else "q8_0"  # what does not fit a smaller type takes no more
+        text = stored_bytes(files.text, files.source, direct, asked)
+        yield path, text + stored_bytes(files.vision, files.source, _VISION.get(kind, "q8_0")) + _OTHERS
+    if set(kinds) != {"f32"} or types:
+        yield first, sum(stored_bytes(plan, files.source, "f32") for plan in (files.text, files.vision))
+
+
 def as_bytes(image: ImageSpec) -> ImageSpec:
     """The image section up to where llama.cpp takes over: it normalises and cuts patches itself."""
     return image.model_copy(update={"operations": (*image.operations[:-2], ToBytes())})
@@ -114,6 +141,7 @@ class Work:
     def __init__(self, facts: Facts, files: Files, request: Request, scratch: Path) -> None:
         self.facts, self.files, self.request, self.scratch = facts, files, request, scratch
         self._columns: Mapping[str, NDArray[np.float32]] | None = None
+        self._proved = False  # that the float32 files are the checkpoint's
 
     def build(self, staged: Path, kind: str, name: str) -> None:
         """Fill `staged` with a whole bundle; the manifest is the last file."""
@@ -128,6 +156,9 @@ class Work:
         gguf_modelfile.write(staged, draft, remark)
         facts.say(f"{kind}: parity gate")
         base = {} if kind == "f32" else {"text_model": self._base(), "mmproj": self._base_vision()}
+        if kind not in _NARROW and not self._proved:
+            gguf_gate.check_base(facts, base, draft)
+            self._proved = True
         parity = gguf_gate.check(facts, staged, draft, kind, base)
         facts.say(f"{kind}: conformance vectors")
         vectors = onnx.write_conformance(facts, staged, draft, gguf_gate.SPREAD)

@@ -3,10 +3,11 @@
 In: files just written, the checkpoint's reference session. Out: measured figures, or a ParityError that says
 what broke. Not here: the measuring (`evals/parity/parity.py`), the ONNX gate (`gate.py`).
 
-In this order: tokenizer on many texts; the prompt's segments; pixels up to where llama.cpp takes over; image
-features; logits on the checkpoint's own features, which hold the text model alone to a narrow limit; logits
-of the whole chain. ggml computes a vision model's first convolution and GELU in float16 tables, so features
-of float32 files differ more than the text model's logits do.
+In this order: the prompt's segments; pixels up to where llama.cpp takes over; tokenizer on many texts; image
+features; logits on the checkpoint's own features, which hold the text model alone to a narrow limit. ggml
+computes a vision model's first convolution and GELU in float16 tables, so features of float32 files differ
+more than the text model's logits do. A type of 8 bits or fewer says little by its logits: then the float32
+files are held to their own limits, and its weights against theirs.
 """
 
 from __future__ import annotations
@@ -60,19 +61,13 @@ def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Mapping[
     no limit, its weights have. Raises ParityError or BundleError.
     """
     paths = {str(part.role): bundle.locate(staged, part.path) for part in draft.parts}
-    tokenizer = load_tokenizer(staged / draft.tokenizer.file.path)
     assert facts.geometry is not None
     gate.check_prompts(facts.checkpoint, staged, draft, facts.geometry)
     _check_pixels(facts, facts.geometry)
     figures: dict[str, float] = {}
     for role, plain in base.items():
         figures[f"{role}_weight_rms_error"] = same_but_rounded(plain, paths[role], kind)
-    backend = GgufBackend(staged, draft, RunSettings(threads=1), context_of(facts, draft), FIDELITY)
-    with Session(draft, backend, tokenizer, max_context=draft.limits.context, reuse=False) as session:
-        check_tokenizer(tokenizer, backend.text, facts.checkpoint.path)
-        reference = _WithoutPixels(facts.reference)
-        text = compare(reference, _OnReferenceFeatures(session, facts.reference), facts.cases)
-        whole = compare(reference, _WithoutPixels(session), facts.cases)
+    text, whole = _measure(facts, staged, draft)
     limits = {}
     for result, limit in (
         (whole, _vision_limit(draft)),
@@ -90,6 +85,30 @@ def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Mapping[
         },
         limits=limits,
     )
+
+
+def check_base(facts: Facts, base: Mapping[str, Path], draft: Manifest) -> None:
+    """Hold the float32 files of both roles, in one directory, against the checkpoint. Raises ParityError.
+
+    `draft`: the manifest of files that are rounded from them; all but its parts is theirs, too.
+    """
+    parts = tuple(part.model_copy(update={"path": base[part.role].name}) for part in draft.parts)
+    text, whole = _measure(facts, base["text_model"].parent, draft.model_copy(update={"parts": parts}))
+    reason = "the float32 file that this type is rounded from"
+    _judge(whole, Limit("feature_rms_error", _VISION_RMS["f32"], reason))
+    _judge(text, Limit("logit_rms_error", _TEXT_RMS["f32"], reason))
+
+
+def _measure(facts: Facts, directory: Path, draft: Manifest) -> tuple[ParityResult, ParityResult]:
+    """(text model on the checkpoint's features, both parts) of the files in `directory`."""
+    tokenizer = load_tokenizer(facts.checkpoint.path / "tokenizer.json")
+    backend = GgufBackend(directory, draft, RunSettings(threads=1), context_of(facts, draft), FIDELITY)
+    with Session(draft, backend, tokenizer, max_context=draft.limits.context, reuse=False) as session:
+        check_tokenizer(tokenizer, backend.text, facts.checkpoint.path)
+        reference = _WithoutPixels(facts.reference)
+        text = compare(reference, _OnReferenceFeatures(session, facts.reference), facts.cases)
+        whole = compare(reference, _WithoutPixels(session), facts.cases)
+    return text, whole
 
 
 def context_of(facts: Facts, draft: Manifest) -> int:

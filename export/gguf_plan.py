@@ -18,8 +18,8 @@ Change = Callable[[Any], Any]
 class Piece:
     """One tensor of a GGUF file: made from the checkpoint's tensor `source` by `change`.
 
-    `keep`: a type that no precision goes below, because llama.cpp reads it only so or loses too much; `f16` is
-    that in a float16 file and float32 in any other, `half` float32 in a float32 file and float16 in any other.
+    `keep`: a type that no precision goes below, because llama.cpp reads it only so or loses too much; `f16`
+    is that in a float16 file and float32 in any other, `half` float32 in a float32 file, else float16.
     """
 
     name: str

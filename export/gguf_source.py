@@ -61,7 +61,7 @@ class Source:
 
 
 def _filled(path: Path) -> Mapping[str, Any]:
-    """The configuration as transformers reads it: what a file leaves out, or words in an older way, is there."""
+    """The configuration as transformers reads it: with what a file leaves out or words in an older way."""
     from transformers import AutoConfig
 
     read_config(path)

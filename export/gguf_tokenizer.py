@@ -1,10 +1,12 @@
-"""A checkpoint's tokenizer in GGUF: tokens, types, merges, and the name of its pre-tokenizer.
+"""A checkpoint's tokenizer in GGUF: tokens, types, merges or scores, and the name of its pre-tokenizer.
 
 In: tokenizer.json and tokenizer_config.json. Out: key-value pairs. Not here: proving that llama.cpp then
 gives the same ids (`gguf_gate.py` does, on many texts: the names below only say which rule to try).
 
-llama.cpp holds pre-tokenizers as names of rules in its code, so the rule in tokenizer.json is matched by its
-structure. An unknown one fails the export: a wrong one would give wrong ids without an error.
+Two kinds are known. *Byte-level* BPE: llama.cpp holds pre-tokenizers as names of rules in its code, so the
+rule in tokenizer.json is matched by its structure. BPE *made from a SentencePiece model* (spaces are written
+▁, no pre-tokenizer, unknown characters as bytes): llama.cpp has it as `llama`, which joins by scores of
+tokens instead of merges. Any other fails the export: a wrong one would give wrong ids without an error.
 """
 
 from __future__ import annotations
@@ -32,15 +34,26 @@ def write_tokenizer(writer: Any, path: Path, vocabulary: int) -> None:
     """Add the tokenizer of the checkpoint at `path`; ids without a token up to `vocabulary` are unused."""
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
-    if content["model"].get("type", "BPE") != "BPE" or content["model"].get("byte_fallback"):
-        kind = content["model"].get("type")
-        raise CheckpointError(
-            f"{path}/tokenizer.json: only byte-level BPE has a GGUF export here, not {kind}"
-        )
+    if (kind := content["model"].get("type", "BPE")) != "BPE":
+        raise CheckpointError(f"{path}/tokenizer.json: only BPE has a GGUF export here, not {kind}")
     if (highest := max(tokenizer.get_vocab().values())) >= vocabulary:
         raise CheckpointError(
             f"{path}: the tokenizer has id {highest}, the model has {vocabulary} embeddings"
         )
+    by_scores = bool(content["model"].get("byte_fallback"))
+    if by_scores:
+        _write_scored(writer, content, vocabulary, path)
+    else:
+        _write_merged(writer, tokenizer, content, vocabulary, path)
+    special = gguf.SpecialVocab(path, load_merges=not by_scores)
+    special.add_special_token |= _added(tokenizer)
+    special.add_to_gguf(writer)
+
+
+def _write_merged(
+    writer: Any, tokenizer: Tokenizer, content: dict[str, Any], vocabulary: int, path: Path
+) -> None:
+    """Byte-level BPE; its merges are added with the special tokens."""
     tokens, types = _tokens(tokenizer, content, vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(content, path))
@@ -52,9 +65,17 @@ def write_tokenizer(writer: Any, path: Path, vocabulary: int) -> None:
     )
     if prefix is not None:
         writer.add_add_space_prefix(prefix)
-    special = gguf.SpecialVocab(path, load_merges=True)
-    special.add_special_token |= _added(tokenizer)
-    special.add_to_gguf(writer)
+
+
+def _write_scored(writer: Any, content: dict[str, Any], vocabulary: int, path: Path) -> None:
+    """What came from a SentencePiece model."""
+    tokens, scores, types = scored(content, vocabulary, path)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_add_space_prefix(False)
 
 
 def _added(tokenizer: Tokenizer) -> dict[str, bool]:
@@ -73,11 +94,86 @@ def _tokens(tokenizer: Tokenizer, content: dict[str, Any], vocabulary: int) -> t
             text = tokenizer.decode(
                 tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
             )
-        looks_special = text.startswith("<|") and text.endswith("|>")
-        special = added["special"] or looks_special or text in ("<pad>", "<mask>")
         tokens[added["id"]] = text
+        special = _looks_special({**added, "content": text})
         types[added["id"]] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
     return tokens, types
+
+
+def _looks_special(added: dict[str, Any]) -> bool:
+    """Whether llama.cpp is to take an added token for one that is no text."""
+    text = added["content"]
+    framed = any(text.startswith(first) and text.endswith(last) for first, last in _FRAMES)
+    return bool(added["special"] or framed or text in _NAMED_SPECIAL)
+
+
+_FRAMES = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
+_NAMED_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+"""As llama.cpp's own converter has them."""
+
+
+# --- by scores --------------------------------------------------------
+
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+_NO_SPLIT = (
+    None,
+    {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+)
+"""No space is left to split at."""
+
+_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
+
+
+def scored(content: dict[str, Any], vocabulary: int, path: Path) -> tuple[list[str], list[float], list[int]]:
+    """Token texts, scores and types. Raises CheckpointError where llama.cpp has no such rules.
+
+    A token's score is minus its place among the tokens that merges make, in the order of their first one: so
+    SentencePiece numbers them, and of two pairs the one joins first that makes the higher score.
+    """
+    if content.get("normalizer") != _SPACES or content.get("pre_tokenizer") not in _NO_SPLIT:
+        raise CheckpointError(
+            f"{path}/tokenizer.json: BPE with byte_fallback, of which only the kind is known here whose "
+            "normalizer replaces spaces by \u2581 and which has no other rule (as Gemma's)"
+        )
+    model = content["model"]
+    if model.get("ignore_merges") or model.get("dropout"):
+        raise CheckpointError(
+            f"{path}/tokenizer.json: ignore_merges or dropout has no counterpart in llama.cpp"
+        )
+    # in Gemma's first tokenizers a tab stands where its byte was
+    if lacking := [text for text, byte in _BYTES.items() if not {text, byte} & model["vocab"].keys()]:
+        raise CheckpointError(
+            f"{path}/tokenizer.json: has no token {lacking[0]}; llama.cpp needs all 256 bytes"
+        )
+    tokens, types = [f"[PAD{i}]" for i in range(vocabulary)], [int(TokenType.UNUSED)] * vocabulary
+    scores = [_UNUSED_SCORE] * vocabulary
+    order = _in_order(model, {added["content"] for added in content["added_tokens"]})
+    for text, place in model["vocab"].items():
+        tokens[place], types[place] = text, int(TokenType.BYTE if text in _BYTES else TokenType.NORMAL)
+        scores[place] = -float(order.get(text, 0))
+    for added in content["added_tokens"]:
+        special = _looks_special(added)
+        place, text = added["id"], added["content"]
+        # llama.cpp looks for such a text before it replaces spaces
+        tokens[place] = text if special else text.replace("\u2581", " ")
+        types[place] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+        scores[place] = _ADDED_SCORE
+    return tokens, scores, types
+
+
+_BYTES = {f"<0x{value:02X}>": chr(value) if value < 128 else "" for value in range(256)}
+"""Token of a byte, and the character that it is."""
+
+
+def _in_order(model: dict[str, Any], added: set[str]) -> dict[str, int]:
+    """Place of every token that is not added apart: those that merges make first, then the others by id."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merged = dict.fromkeys(left + right for left, right in pairs)
+    others = sorted(model["vocab"].keys() - merged.keys() - _BYTES.keys(), key=model["vocab"].__getitem__)
+    return {text: place for place, text in enumerate(t for t in (*merged, *others) if t not in added)}
+
+
+# --- byte-level -------------------------------------------------------
 
 
 def pre_tokenizer(content: dict[str, Any], path: Path) -> str:

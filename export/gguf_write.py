@@ -7,6 +7,7 @@ k-quants (`llamacpp.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ def tensor_type(piece: Piece, shape: tuple[int, ...], precision: str) -> Type:
     return wanted if shape[-1] % block == 0 else Type.F16
 
 
+def stored_bytes(
+    plan: Plan, source: Source, precision: str, more: Callable[[str], Type | None] = lambda _: None
+) -> int:
+    """What the tensors of the file will take. `more`: a type by tensor name, counted where it takes more."""
+    total = 0
+    for piece in plan.pieces:
+        shape = _shape(piece, source)
+        kinds = (tensor_type(piece, shape, precision), more(piece.name))
+        total += max(_bytes(kind, shape) for kind in kinds if kind is not None)
+    return total
+
+
+def _bytes(kind: Type, shape: tuple[int, ...]) -> int:
+    block, stored = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * stored
+
+
 def write(plan: Plan, source: Source, out: Path, precision: str) -> None:
     """Write one file, in a directory that is renamed when all is well. CheckpointError: a tensor doubled."""
     _check(plan, source)
@@ -55,9 +73,9 @@ def write(plan: Plan, source: Source, out: Path, precision: str) -> None:
         types = [tensor_type(*each, precision) for each in zip(plan.pieces, shapes, strict=True)]
         _write_values(writer, plan, source, shapes, precision)
         for piece, shape, kind in zip(plan.pieces, shapes, types, strict=True):
-            block, stored = gguf.GGML_QUANT_SIZES[kind]
-            size = math.prod(shape) // block * stored
-            writer.add_tensor_info(piece.name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.add_tensor_info(
+                piece.name, shape, np.dtype(np.float32), _bytes(kind, shape), raw_dtype=kind
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

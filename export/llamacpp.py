@@ -51,9 +51,9 @@ def quantize(
     wanted.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     wanted.nthread = threads
     names = [tensor.name for tensor in gguf.GGUFReader(source).tensors]
-    chosen = _chosen(names, rules)
-    overrides = (lib.llama_model_tensor_override * (len(chosen) + 1))()
-    for place, (name, type_name) in enumerate(chosen.items()):
+    types = chosen(names, rules)
+    overrides = (lib.llama_model_tensor_override * (len(types) + 1))()
+    for place, (name, type_name) in enumerate(types.items()):
         overrides[place].pattern = f"^{re.escape(name)}$".encode()
         overrides[place].type = int(ggml_type(type_name))
     wanted.tt_overrides = overrides
@@ -65,13 +65,14 @@ def quantize(
         raise CheckpointError(f"{source.name}: llama.cpp cannot quantize it to {kind} ({status})")
 
 
-def _chosen(names: Sequence[str], rules: Sequence[TensorRule]) -> dict[str, str]:
-    """Tensor name -> type. A rule that matches nothing is a mistake."""
+def chosen(names: Sequence[str], rules: Sequence[TensorRule]) -> dict[str, str]:
+    """Tensor name -> type. Raises InputError: a rule that matches nothing, a type that is not known."""
     found: dict[str, str] = {}
     used = set()
     for name in names:
         for rule in rules:
             if fnmatch.fnmatchcase(name, rule.tensor):
+                ggml_type(rule.type)
                 found[name] = rule.type
                 used.add(rule)
                 break

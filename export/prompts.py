@@ -131,7 +131,9 @@ class _Template:
 
     @cached_property
     def _added(self) -> re.Pattern[str]:
-        found = [token.content for token in self.checkpoint.tokenizer.added_tokens_decoder.values()]
+        known = self.checkpoint.tokenizer.added_tokens_decoder.values()
+        # blanks that are a token of their own (two line breaks) join with blanks beside them
+        found = [token.content for token in known if token.special or token.content.strip()]
         return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)")
 
     def _split_before(self, text: str) -> tuple[str, str]:

@@ -142,7 +142,7 @@ class TextModel:
         """
         if both_ways and len(rows) > MOST_AT_ONCE:
             raise InputError(
-                f"picture: {len(rows)} tokens that see each other, llama.cpp takes {MOST_AT_ONCE} at once here"
+                f"picture: has {len(rows)} tokens, which see each other; at most {MOST_AT_ONCE} fit here"
             )
         self._lib.llama_set_causal_attn(self.context, not both_ways)
         for start in range(0, len(rows), MOST_AT_ONCE):

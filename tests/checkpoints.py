@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from distill import fresh
 
@@ -55,8 +56,9 @@ def write(
     processor: Mapping[str, Any],
     template: str,
     seed: int,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    tokenizer = fresh.train_tokenizer([WORDS] * 4, special, 352)
+    tokenizer = tokenizer or fresh.train_tokenizer([WORDS] * 4, special, 352)
     return fresh.write_checkpoint(out, config, tokenizer, processor, template, rules=RULES, seed=seed)
 
 
@@ -396,8 +398,23 @@ def write_qwen2_vl(
     return _write_qwen(out, config, "Qwen2VL", 8, seed, first + CHATML)
 
 
+GEMMA3_TOKENS = {
+    **CHATML_TOKENS,
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+    "image_token": "<image_soft_token>",
+}
+
+
 def write_gemma3(
-    out: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, heads: int = 4, kv_heads: int = 2
+    out: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """`layers` pairs of a layer with a window of 12 tokens and one without; 64 px pictures of 16 tokens."""
     rope = {"rope_type": "default"}
@@ -431,12 +448,6 @@ def write_gemma3(
             tie_word_embeddings=True,
         ),
     }  # fmt: skip
-    special = {
-        **CHATML_TOKENS,
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
     processor = {
         "processor_class": "Gemma3Processor",
         "image_seq_length": 16,
@@ -445,7 +456,8 @@ def write_gemma3(
             "size": {"height": 64, "width": 64},
         },
     }
-    return write(out, config, special, processor, CHATML.replace("IMAGE", "<start_of_image>"), seed)
+    template = CHATML.replace("IMAGE", "<start_of_image>")
+    return write(out, config, GEMMA3_TOKENS, processor, template, seed, tokenizer)
 
 
 VARIANTS: dict[str, Callable[..., Path]] = {

@@ -39,7 +39,7 @@ _GELU = "gelu_pytorch_tanh"
 
 
 class Gemma3Gguf:
-    """Gemma 3 with pictures. A tensor of the text model may be the checkpoint's in other units: see `_change`."""
+    """Gemma 3 with pictures."""
 
     model_types = ("gemma3",)
 
@@ -126,7 +126,7 @@ def _squared_scale(text: Config) -> float:
 
 
 def _change(target: str, query: float) -> Change | None:
-    """Norms store the factor itself; that of queries also what llama.cpp's own scale lacks (1 as published)."""
+    """Norms store the factor itself; that of queries also what llama.cpp's own scale lacks, if anything."""
     if not target.endswith("norm.weight"):
         return None
     if target.endswith("attn_q_norm.weight") and query != 1.0:

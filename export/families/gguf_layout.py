@@ -1,4 +1,4 @@
-"""Names and key-value pairs that families share in llama.cpp's files, and the tables of their vision encoders.
+"""Names and key-value pairs that families share in llama.cpp's files, and tables of their vision encoders.
 
 In: config.json, the preprocessor's configuration and tensor names. Out: pieces and values of a `Plan`.
 Not here: which family takes what (`gguf.py`, `gguf_gemma3.py`), reading or writing files.

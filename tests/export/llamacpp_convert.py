@@ -34,7 +34,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     TextModel.get_vocab_base_pre = lambda self, tokenizer: wanted["pre_tokenizer"]
-    TextModel._set_vocab_sentencepiece = TextModel._set_vocab_llama_hf = no_vocabulary
+    if not (checkpoint / "tokenizer.model").exists():
+        TextModel._set_vocab_sentencepiece = TextModel._set_vocab_llama_hf = no_vocabulary
     table = gguf.get_tensor_name_map
     gguf.get_tensor_name_map = lambda arch, blocks: table(arch, max(blocks, MOST_BLOCKS))
     types = {

@@ -15,6 +15,7 @@ from runtime import image
 from runtime.errors import CheckpointError, ParityError
 from runtime.prompt import load_tokenizer, render_later
 from runtime.prompt_spec import ImageSlot
+from tests import gguf_checkpoints
 from tests.checkpoints import CHATML, FAMILIES, VARIANTS
 
 SMOL = ("{{ line['text'] }}", "<end_of_utterance>")
@@ -60,6 +61,15 @@ def test_every_family_talks_in_turns_about_several_pictures(models: dict[str, Ch
     assert claims.notes == () and claims.images == 3
     assert claims.prompt.later is not None and claims.prompt.later.user is not None
     assert proved(models[name], claims) >= 2 * len(proof.QUESTIONS) + len(proof.SIZES) - 1 + 4 + 7
+
+
+def test_line_breaks_that_are_tokens_join_with_those_beside_them(tmp_path: Path) -> None:
+    """A tokenizer as Gemma's has a token of two; before a picture they stand behind a role's own."""
+    checkpoint = load(gguf_checkpoints.write("gemma3", tmp_path / "gemma"))
+    two = checkpoint.tokenizer.convert_tokens_to_ids("\n\n")
+    ids = checkpoint.tokenizer("user\n\n\n<start_of_image>").input_ids
+    assert ids[-3] == two and ids[-2] != two
+    assert proved(checkpoint, settled(checkpoint))
 
 
 def test_pictures_of_the_proof_reach_many_tilings(models: dict[str, Checkpoint]) -> None:
