@@ -27,7 +27,8 @@ _PREFIX = "genai"
 def embedding(path: Path, token: int, features: ir.DataType, layers: int) -> ir.Model:
     """Ids (B, S) and features (T, width) -> (B, S, width), the n-th `token` replaced by the n-th feature.
 
-    `width` is hidden x (layers + 1): what deepstack adds to a token of text is zero.
+    `width` is hidden x (layers + 1): what deepstack adds to a token of text is zero. A `token` without a
+    feature keeps its embedding: an answer may contain one.
     """
     model = ir.load(path)
     graph = model.graph
@@ -50,7 +51,9 @@ def embedding(path: Path, token: int, features: ir.DataType, layers: int) -> ir.
         rows = _add(graph, "Cast", [rows], "rows", to=embeds.dtype)
     image = add_initializer(graph, f"{_PREFIX}.token", np.array(token, ids.dtype.numpy()))  # type: ignore[union-attr]
     places = _add(graph, "NonZero", [_add(graph, "Equal", [ids, image], "is_image")], "places.t")
-    places = _add(graph, "Transpose", [places], "places", perm=[1, 0])
+    places = _add(graph, "Transpose", [places], "places.all", perm=[1, 0])
+    count = _add(graph, "Shape", [rows], "count", start=0, end=1)
+    places = _add(graph, "Slice", [places, _vector(graph, "first", 0), count], "places")
     merged = _add(graph, "ScatterND", [found, places, rows], "merged")
     return _finished(model, merged, EMBEDS, embeds.dtype, dims)
 

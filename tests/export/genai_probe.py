@@ -2,7 +2,8 @@
 
 In: a bundle's directory, a JSON file: `cases` of {`ids` or `prompt`, `images` (paths), `tensors` (a .npz that
 stands in for its image processor's output), `new_tokens`}. Out, on stdout: a JSON list, for each case the
-prompt's `ids` and the `tokens` after them, and the file its own processor's tensors went to.
+prompt's `ids`, the `tokens` after them and the `logits` that the first one was taken from, and the file that
+its own processor's tensors went to.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def run(model: Any, case: dict[str, Any], out: Path) -> dict[str, Any]:
     params.set_search_options(max_length=len(ids) + case["new_tokens"], do_sample=False)
     generator = og.Generator(model, params)
     generator.set_inputs(tensors)
+    found["logits"] = [float(each) for each in generator.get_logits().reshape(-1)]
     while not generator.is_done():
         generator.generate_next_token()
     sequence = generator.get_sequence(0)
