@@ -1,12 +1,7 @@
 """A checkpoint's tokenizer in GGUF: tokens, types, merges or scores, and the name of its pre-tokenizer.
 
-In: tokenizer.json and tokenizer_config.json. Out: key-value pairs. Not here: proving that llama.cpp then
-gives the same ids (`gguf_gate.py` does, on many texts: the names below only say which rule to try).
-
-Two kinds are known. *Byte-level* BPE: llama.cpp holds pre-tokenizers as names of rules in its code, so the
-rule in tokenizer.json is matched by its structure. BPE *made from a SentencePiece model* (spaces are written
-▁, no pre-tokenizer, unknown characters as bytes): llama.cpp has it as `llama`, which joins by scores of
-tokens instead of merges. Any other fails the export: a wrong one would give wrong ids without an error.
+In: tokenizer.json and tokenizer_config.json. Out: key-value pairs. Not here: which tokens and which rule
+(`gguf_vocabulary.py`), proving that llama.cpp then gives the same ids (`gguf_gate.py`).
 """
 
 from __future__ import annotations
@@ -16,18 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from gguf import TokenType
 from tokenizers import Tokenizer
 
+from export.gguf_vocabulary import merged, pre_tokenizer, scored
 from runtime.errors import CheckpointError
-
-_REGEXES = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "qwen2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "llama-bpe",
-}
-"""`Split` by this pattern, then bytes without a pattern of their own."""
 
 
 def write_tokenizer(writer: Any, path: Path, vocabulary: int) -> None:
@@ -54,7 +41,7 @@ def _write_merged(
     writer: Any, tokenizer: Tokenizer, content: dict[str, Any], vocabulary: int, path: Path
 ) -> None:
     """Byte-level BPE; its merges are added with the special tokens."""
-    tokens, types = _tokens(tokenizer, content, vocabulary)
+    tokens, types = merged(tokenizer, content, vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(content, path))
     writer.add_token_list(tokens)
@@ -82,117 +69,3 @@ def _added(tokenizer: Tokenizer) -> dict[str, bool]:
     """Whether the tokenizer puts a token before and after every text; llama.cpp would guess from its rule."""
     plain, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     return {"bos": full[: len(plain)] != plain, "eos": full[-len(plain) :] != plain}
-
-
-def _tokens(tokenizer: Tokenizer, content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    tokens, types = [f"[PAD{i}]" for i in range(vocabulary)], [int(TokenType.UNUSED)] * vocabulary
-    for text, place in content["model"]["vocab"].items():
-        tokens[place], types[place] = text, int(TokenType.NORMAL)
-    for added in content["added_tokens"]:
-        text = added["content"]
-        if not added["normalized"]:
-            text = tokenizer.decode(
-                tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False
-            )
-        tokens[added["id"]] = text
-        special = _looks_special({**added, "content": text})
-        types[added["id"]] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
-    return tokens, types
-
-
-def _looks_special(added: dict[str, Any]) -> bool:
-    """Whether llama.cpp is to take an added token for one that is no text."""
-    text = added["content"]
-    framed = any(text.startswith(first) and text.endswith(last) for first, last in _FRAMES)
-    return bool(added["special"] or framed or text in _NAMED_SPECIAL)
-
-
-_FRAMES = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
-_NAMED_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
-"""As llama.cpp's own converter has them."""
-
-
-# --- by scores --------------------------------------------------------
-
-_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-_NO_SPLIT = (
-    None,
-    {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
-)
-"""No space is left to split at."""
-
-_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
-
-
-def scored(content: dict[str, Any], vocabulary: int, path: Path) -> tuple[list[str], list[float], list[int]]:
-    """Token texts, scores and types. Raises CheckpointError where llama.cpp has no such rules.
-
-    A token's score is minus its place among the tokens that merges make, in the order of their first one: so
-    SentencePiece numbers them, and of two pairs the one joins first that makes the higher score.
-    """
-    if content.get("normalizer") != _SPACES or content.get("pre_tokenizer") not in _NO_SPLIT:
-        raise CheckpointError(
-            f"{path}/tokenizer.json: BPE with byte_fallback, of which only the kind is known here whose "
-            "normalizer replaces spaces by \u2581 and which has no other rule (as Gemma's)"
-        )
-    model = content["model"]
-    if model.get("ignore_merges") or model.get("dropout"):
-        raise CheckpointError(
-            f"{path}/tokenizer.json: ignore_merges or dropout has no counterpart in llama.cpp"
-        )
-    # in Gemma's first tokenizers a tab stands where its byte was
-    if lacking := [text for text, byte in _BYTES.items() if not {text, byte} & model["vocab"].keys()]:
-        raise CheckpointError(
-            f"{path}/tokenizer.json: has no token {lacking[0]}; llama.cpp needs all 256 bytes"
-        )
-    tokens, types = [f"[PAD{i}]" for i in range(vocabulary)], [int(TokenType.UNUSED)] * vocabulary
-    scores = [_UNUSED_SCORE] * vocabulary
-    order = _in_order(model, {added["content"] for added in content["added_tokens"]})
-    for text, place in model["vocab"].items():
-        tokens[place], types[place] = text, int(TokenType.BYTE if text in _BYTES else TokenType.NORMAL)
-        scores[place] = -float(order.get(text, 0))
-    for added in content["added_tokens"]:
-        special = _looks_special(added)
-        place, text = added["id"], added["content"]
-        # llama.cpp looks for such a text before it replaces spaces
-        tokens[place] = text if special else text.replace("\u2581", " ")
-        types[place] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
-        scores[place] = _ADDED_SCORE
-    return tokens, scores, types
-
-
-_BYTES = {f"<0x{value:02X}>": chr(value) if value < 128 else "" for value in range(256)}
-"""Token of a byte, and the character that it is."""
-
-
-def _in_order(model: dict[str, Any], added: set[str]) -> dict[str, int]:
-    """Place of every token that is not added apart: those that merges make first, then the others by id."""
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    merged = dict.fromkeys(left + right for left, right in pairs)
-    others = sorted(model["vocab"].keys() - merged.keys() - _BYTES.keys(), key=model["vocab"].__getitem__)
-    return {text: place for place, text in enumerate(t for t in (*merged, *others) if t not in added)}
-
-
-# --- byte-level -------------------------------------------------------
-
-
-def pre_tokenizer(content: dict[str, Any], path: Path) -> str:
-    """llama.cpp's name for the `pre_tokenizer` of a tokenizer.json. CheckpointError for another one."""
-    found = content.get("pre_tokenizer") or {}
-    steps = found.get("pretokenizers", [found])
-    kinds = [step.get("type") for step in steps]
-    last = steps[-1]
-    bytes_alone = last.get("use_regex", True) is False
-    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space", False):
-        if kinds == ["ByteLevel"] and not bytes_alone:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and not bytes_alone:
-            return "smollm"
-        if kinds == ["Split", "ByteLevel"] and bytes_alone and steps[0].get("behavior") == "Isolated":
-            name = _REGEXES.get(steps[0].get("pattern", {}).get("Regex", ""))
-            if name is not None:
-                return name
-    raise CheckpointError(
-        f"{path}/tokenizer.json: pre_tokenizer {json.dumps(found)[:200]} has no known counterpart in "
-        "llama.cpp; known: ByteLevel, Digits + ByteLevel, the Split patterns of Qwen2 and of Llama 3"
-    )

@@ -19,8 +19,8 @@ pytest.importorskip("llama_cpp")
 from evals.torch_session import TorchSession  # noqa: E402
 from export import export_all, gguf_gate, llamacpp  # noqa: E402
 from export.gguf import _OTHERS, _needed, export_gguf, plan_files  # noqa: E402
-from export.gguf_kinds import DIRECT, KINDS, QUANTIZED, Request, TensorRule, check, read_rules  # noqa: E402
-from export.gguf_tokenizer import pre_tokenizer  # noqa: E402
+from export.gguf_kinds import DIRECT, KINDS, QUANTIZED, Request, TensorRule  # noqa: E402
+from export.gguf_vocabulary import Kind  # noqa: E402
 from export.gguf_write import write as write_file  # noqa: E402
 from export.llamacpp import quantize, weight_bits  # noqa: E402
 from runtime import bundle, conformance  # noqa: E402
@@ -339,11 +339,27 @@ def test_the_estimate_is_no_smaller_than_the_tensors_but_of_their_size(
     assert len(others) == (kind != "f32")
 
 
-def test_unknown_names_are_told() -> None:
-    with pytest.raises(InputError, match="did you mean q4_k_m"):
-        check("q4_km")
+def test_unknown_tensor_types_are_told() -> None:
     with pytest.raises(InputError, match="is not known"):
         llamacpp.ggml_type("q9")
+
+
+def test_rules_are_checked_before_the_work(wide: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    for rule, message in (
+        (("blk.9.*", "q8_0"), "matches no tensor"),
+        (("blk.0.*", "q9"), "'q9' is not known"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export_gguf(
+                wide, {"q4_0": tmp_path / "b"}, names={"q4_0": "b"},
+                request=Request(rules=(TensorRule(*rule),)), progress=lines.append,
+            )  # fmt: skip
+    assert set(lines) == {"reading the checkpoint"} and list(tmp_path.iterdir()) == []
+
+
+def test_kinds_of_tokens_are_ggufs() -> None:
+    assert all(gguf.TokenType[kind.name] == kind for kind in Kind)
 
 
 def test_an_importance_matrix_that_weighs_nothing_is_told(wide: Path, tmp_path: Path) -> None:
@@ -352,27 +368,6 @@ def test_an_importance_matrix_that_weighs_nothing_is_told(wide: Path, tmp_path: 
             wide, {kind: tmp_path / kind for kind in ("f16", "q8_0")}, names={"f16": "a", "q8_0": "b"},
             request=Request(importance=True),
         )  # fmt: skip
-
-
-def test_rules_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "rules.yaml"
-    path.write_text("rules: [{tensor: 'blk.*.ffn_down.*', type: q8_0}]")
-    assert read_rules(path) == (TensorRule("blk.*.ffn_down.*", "q8_0"),)
-    path.write_text("rules: [{tensors: x, type: q8_0}]")
-    with pytest.raises(InputError, match=r"rules\.0\.tensor"):
-        read_rules(path)
-    path.write_text("rules: [")
-    with pytest.raises(InputError, match="expected rules"):
-        read_rules(path)
-
-
-def test_a_rule_that_matches_nothing(wide: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="matches no tensor"):
-        export_gguf(
-            wide, {"q4_0": tmp_path / "b"}, names={"q4_0": "b"},
-            request=Request(rules=(TensorRule("blk.9.*", "q8_0"),)),
-        )  # fmt: skip
-    assert not (tmp_path / "b").exists()
 
 
 def test_what_stops_llama_cpps_own_tools_is_told(bundles: dict[str, Path]) -> None:
@@ -387,14 +382,6 @@ def test_what_stops_llama_cpps_own_tools_is_told(bundles: dict[str, Path]) -> No
 def _copy(checkpoint: Path, out: Path, name: str) -> Path:
     """To be damaged."""
     return Path(shutil.copytree(checkpoint, out / name))
-
-
-def test_an_unknown_pre_tokenizer_fails(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    copy = _copy(checkpoints["smolvlm"], tmp_path, "odd")
-    content = json.loads((copy / "tokenizer.json").read_text())
-    content["pre_tokenizer"] = {"type": "Whitespace"}
-    with pytest.raises(CheckpointError, match="no known counterpart"):
-        pre_tokenizer(content, copy)
 
 
 def test_a_wrong_pre_tokenizer_is_seen(
