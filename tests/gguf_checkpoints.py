@@ -4,7 +4,7 @@ inside of Gemma's window, and its tokenizer."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ def write(family: str, out: Path, **shape: int) -> Path:
     return out
 
 
-def gemma_tokenizer() -> PreTrainedTokenizerFast:
+def gemma_tokenizer(texts: Sequence[str] = (WORDS,), pieces: int = 120) -> PreTrainedTokenizerFast:
     """As Gemma's: spaces written \u2581, bytes for what has no token, merges for all ways to cut a token."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="never")
-    trainer = trainers.BpeTrainer(vocab_size=120, show_progress=False)
-    trained.train_from_iterator([WORDS] * 4 + ["\n \n\n  12"], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=pieces, show_progress=False)
+    trained.train_from_iterator([*texts, *texts, "\n \n\n  12"], trainer)
     found = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
     found.sort(key=lambda text: len(text) == 1)  # characters last
     special = ["<unk>", *dict.fromkeys(GEMMA3_TOKENS.values())]

@@ -1,4 +1,4 @@
-"""What is asked of a GGUF bundle, and a tokenizer in llama.cpp's words: what needs neither gguf nor llama.cpp.
+"""What is asked of a GGUF bundle, and a tokenizer in llama.cpp's words: all that needs no llama.cpp.
 
 Tokens with scores are held against a small reading of llama.cpp's own loop, on any text.
 """
@@ -20,10 +20,12 @@ from export.gguf_kinds import TensorRule, check, read_rules
 from export.gguf_vocabulary import Kind, merged, pre_tokenizer, scored
 from runtime.errors import CheckpointError, InputError
 from tests.checkpoints import CHATML_TOKENS, WORDS
+from tests.cli import ROOT
 from tests.gguf_checkpoints import gemma_tokenizer
 
 HERE = Path("checkpoint")
-GEMMA: Tokenizer = gemma_tokenizer().backend_tokenizer
+TEXT = (ROOT / "LICENSE").read_text()
+GEMMA: Tokenizer = gemma_tokenizer(TEXT.splitlines(), 700).backend_tokenizer
 CONTENT: dict[str, Any] = json.loads(GEMMA.to_str())
 SIZE = GEMMA.get_vocab_size() + 3
 
@@ -73,7 +75,8 @@ def cut(piece: str | int, token: str, place: int) -> list[str | int]:
 
 TEXTS = st.lists(
     st.one_of(
-        st.sampled_from([*GEMMA.get_vocab(), " ", "  ", "\n", "\n\n", "12", "the", " circle"]),
+        st.sampled_from([*GEMMA.get_vocab(), " ", "  ", "\n", "\n\n", "12"]),
+        st.integers(0, len(TEXT)).map(lambda start: TEXT[start : start + 30]),
         st.text(max_size=4),
     ),
     max_size=12,
@@ -87,12 +90,25 @@ def test_tokens_with_scores_give_the_tokenizers_ids(text: str) -> None:
     assert ids_by_scores(text, *vocabulary) == GEMMA.encode(text, add_special_tokens=False).ids
 
 
+def test_the_order_of_scores_matters_here() -> None:
+    """Else the test above would show nothing."""
+    tokens, scores, types = scored(content(), SIZE, HERE)
+    lines = [line for line in TEXT.splitlines() if line]
+    for other in ([0.0] * SIZE, [-score for score in scores]):
+        wrong = [
+            line
+            for line in lines
+            if ids_by_scores(line, tokens, other, types) != GEMMA.encode(line, add_special_tokens=False).ids
+        ]
+        assert len(wrong) > len(lines) / 2
+
+
 def test_scores_and_types() -> None:
     tokens, scores, types = scored(content(), SIZE, HERE)
     by_text = {token: (score, kind) for token, score, kind in zip(tokens, scores, types, strict=True)}
     assert by_text["<0x0A>"][1] == Kind.BYTE and by_text["\n\n"] == (-1000.0, Kind.USER_DEFINED)
     assert by_text["<start_of_image>"] == (-1000.0, Kind.CONTROL)
-    assert by_text["[PAD343]"] == (-10000.0, Kind.UNUSED)
+    assert by_text[f"[PAD{SIZE - 1}]"] == (-10000.0, Kind.UNUSED)
     order = sorted((-score, token) for token, (score, kind) in by_text.items() if kind == Kind.NORMAL)
     assert [place for place, _ in order] == list(range(len(order)))
     made = dict.fromkeys("".join(pair) for pair in CONTENT["model"]["merges"])
