@@ -88,7 +88,7 @@ class Environment {
   public:
     Environment() {
         OrtEnv* made = nullptr;
-        call(CREATE_ENV, LOG_ERROR, "pocketvlm", &made);
+        call(CREATE_ENV, LOG_FATAL, "pocketvlm", &made);
         environment_.reset(made);
     }
 
@@ -99,7 +99,7 @@ class Environment {
         const Owned<OrtSessionOptions, RELEASE_SESSION_OPTIONS> kept(options);
         call(SET_INTRA_THREADS, options, threads);
         call(SET_INTER_THREADS, options, 1);
-        call(SET_LOG_SEVERITY, options, LOG_ERROR);
+        call(SET_LOG_SEVERITY, options, LOG_FATAL);
         OrtSession* made = nullptr;
         call(CREATE_SESSION, static_cast<const OrtEnv*>(environment_.get()), path.c_str(),
              static_cast<const OrtSessionOptions*>(options), &made);

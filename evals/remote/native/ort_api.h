@@ -46,7 +46,7 @@ enum Place : size_t {
     RELEASE_SESSION_OPTIONS = 100,
 };
 
-constexpr int LOG_ERROR = 3, ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;
+constexpr int LOG_FATAL = 4, ARENA_ALLOCATOR = 1, DEFAULT_MEMORY = 0;
 constexpr int FLOAT32 = 1, UINT8 = 2, INT8 = 3, INT32 = 6, INT64 = 7, BOOL = 9, FLOAT16 = 10;  // of elements
 
 struct ApiBase {
@@ -81,7 +81,7 @@ SAME(RELEASE_SESSION, ReleaseSession);
 SAME(RELEASE_VALUE, ReleaseValue);
 SAME(RELEASE_TYPE_AND_SHAPE, ReleaseTensorTypeAndShapeInfo);
 SAME(RELEASE_SESSION_OPTIONS, ReleaseSessionOptions);
-static_assert(ort::LOG_ERROR == ORT_LOGGING_LEVEL_ERROR && ort::ARENA_ALLOCATOR == OrtArenaAllocator &&
+static_assert(ort::LOG_FATAL == ORT_LOGGING_LEVEL_FATAL && ort::ARENA_ALLOCATOR == OrtArenaAllocator &&
                   ort::DEFAULT_MEMORY == OrtMemTypeDefault && ort::FLOAT32 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT &&
                   ort::UINT8 == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 && ort::INT8 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 &&
                   ort::INT32 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 &&
