@@ -26,9 +26,13 @@ pytest.importorskip("llama_cpp")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers  # noqa: E402
 
 from export.gguf import plan_files  # noqa: E402
+from export.gguf_gate import TEXTS, check_tokenizer  # noqa: E402
+from export.gguf_tokenizer import write_tokenizer  # noqa: E402
 from export.gguf_write import write as write_file  # noqa: E402
+from runtime.gguf_library import TextModel, load  # noqa: E402
 from tests import gguf_checkpoints  # noqa: E402
 from tests.checkpoints import WORDS  # noqa: E402
 
@@ -334,3 +338,67 @@ def test_where_internvl_differs(pair: Pair) -> None:
     assert np.array_equal(ours["v.class_embd"].ravel(), theirs["v.class_embd"].ravel())
     positions = np.squeeze(theirs["v.position_embd.weight"])
     assert np.array_equal(ours["v.position_embd.weight"], np.roll(positions, -1, axis=0))
+
+
+# --- a published vocabulary -------------------------------------------
+
+
+def test_a_published_vocabulary_gives_the_tokenizers_ids(llama_cpp_sources: Path, tmp_path: Path) -> None:
+    """Gemma 4's 262,144 tokens, which llama.cpp tests with, as the tokenizer.json that transformers has
+    (Gemma 3's is of that kind); here by scores, on many texts and the ones of llama.cpp's own test."""
+    source = llama_cpp_sources / "models" / "ggml-vocab-gemma-4.gguf"
+    if not source.exists():
+        pytest.skip(f"these sources have no {source.name}")
+    tokenizer = published(source)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "gemma3")
+    for value in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count"):
+        getattr(writer, f"add_{value}")(8)
+    write_tokenizer(writer, tmp_path, tokenizer.get_vocab_size())
+    for step in ("header_to_file", "kv_data_to_file", "ti_data_to_file"):
+        getattr(writer, f"write_{step}")()
+    writer.close()
+    model = Vocabulary(tmp_path / "vocabulary.gguf")
+    assert check_tokenizer(tokenizer, model, source) > TEXTS
+    own = Path(f"{source}.inp").read_text().split("\n__ggml_vocab_test__\n")
+    runs = [character * count for character in "\n \t=-.a" for count in range(1, 70)]
+    for text in (*own, *runs, *(f"x{run}y" for run in runs)):
+        assert model.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
+
+
+def published(path: Path) -> Tokenizer:
+    """The tokenizer of a vocabulary file whose tokens are joined by merges."""
+    reader = gguf.GGUFReader(path)
+    tokens, kinds, merges = (
+        reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")
+    )
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: place for place, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+            unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    for kind, special in ((gguf.TokenType.CONTROL, True), (gguf.TokenType.USER_DEFINED, False)):
+        added = [token for token, each in zip(tokens, kinds, strict=True) if each == kind]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    return tokenizer
+
+
+class Vocabulary:
+    """A file without tensors, of which llama.cpp loads the tokenizer alone."""
+
+    tokenize = TextModel.tokenize
+
+    def __init__(self, path: Path) -> None:
+        self._lib, _ = load()
+        parameters = self._lib.llama_model_default_params()
+        parameters.vocab_only = True
+        self.model = self._lib.llama_model_load_from_file(str(path).encode(), parameters)
+        assert self.model
+        self.vocabulary = self._lib.llama_model_get_vocab(self.model)
