@@ -138,17 +138,34 @@ def _group(report: Report, bundle: str) -> dict[str, Any]:
     cells = [one for one in report.verdict.cells if one.bundle == bundle]
     return {
         "bundle": bundle,
-        "checks": [_check_row(one) for one in sorted(own, key=lambda one: order[one.state])],
+        "checks": _folded([_check_row(one) for one in sorted(own, key=lambda one: order[one.state])]),
         "counts": counts,
         "chosen": bundle in report.verdict.chosen.values(),
         "passes": bool(cells) and all(one.state == "passed" for one in cells),
     }
 
 
+def _folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one limit that was not measured in several places become one: a bundle for phones has nothing
+    to say of the fleet's boards, and says it once."""
+    found: list[dict[str, Any]] = []
+    absent: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("what", "wanted", "why"))
+        if row["check"].state == "missing" and key in absent:
+            absent[key]["where"] += f"; {row['where']}"
+            continue
+        if row["check"].state == "missing":
+            absent[key] = row
+        found.append(row)
+    return found
+
+
 def _check_row(one: Check) -> dict[str, Any]:
     interval = ""
     if one.low is not None and one.high is not None and one.low != one.high:
         interval = words.interval(one.low, one.high, one.unit)
+    more = one.text.partition("; ")[2] if one.state == "unproven" else ""
     return {
         "check": one,
         "what": one.label,
@@ -156,7 +173,7 @@ def _check_row(one: Check) -> dict[str, Any]:
         "got": fmt.DASH if one.value is None else words.number(one.value, one.unit),
         "interval": interval,
         "wanted": words.limit(one.min, one.max, one.unit),
-        "more": one.text.partition("; ")[2] if one.state == "unproven" else "",
+        "more": "" if more == one.basis else more,
         "why": one.text.partition("not measured (")[2].partition("); wanted")[0],
     }
 

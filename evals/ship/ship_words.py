@@ -124,14 +124,20 @@ def sentences(
 def _reasons(
     gate: Gate, chosen: Mapping[str, str | None], cells: Sequence[Cell], checks: Sequence[Check]
 ) -> list[str]:
-    """Of every device that is not served, what keeps the nearest candidate back; all of them for `all`."""
+    """Of every device that is not served, what keeps the nearest candidate back; all of them for `all`.
+
+    One that was measured there is nearer than one that was not, which has broken no limit for that alone.
+    """
     behind: list[Cell] = []
     for device in chosen:
         own = [one for one in cells if one.device == device and one.state != "passed"]
         if gate.require == "all":
             behind += own
         elif chosen[device] is None:
-            behind.append(min(own, key=lambda one: (one.failed, one.unproven, one.missing)))
+            there = {one.bundle for one in checks if one.device == device and one.state != "missing"}
+            behind.append(
+                min(own, key=lambda one: (one.bundle not in there, one.failed, one.unproven, one.missing))
+            )
     devices: dict[str, set[str]] = {}
     for cell in behind:
         devices.setdefault(cell.bundle, set()).add(cell.device)

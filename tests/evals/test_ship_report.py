@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from evals.bench import bench_results
-from evals.ship import ship_charts, ship_load, ship_markdown, ship_report, ship_results
+from evals.ship import ship_charts, ship_load, ship_markdown, ship_page, ship_report, ship_results
 from evals.ship.ship_charts import Candidate
 from evals.ship.ship_gate import Gate, Rule
 from evals.ship.ship_results import Report
@@ -433,3 +433,47 @@ def test_chromium_lays_the_page_out_without_a_sideways_scroll(
     found = json.loads(html.unescape(title[1]))
     assert width - 20 <= found["width"] <= width
     assert found["beyond"] <= 0 and found["named"] and found["charts"]
+
+
+# --- a fleet of many kinds --------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What a product has: each kind of device takes a bundle of its own, so most of the matrix is empty."""
+    place = data.save(
+        tmp_path_factory.mktemp("fleet"),
+        board=data.bench("Jetson", {"student-onnx-int4": 1.0, "student-onnx-int8": 1.2}, seed=1),
+        chrome=data.bench("Chrome", {"student-browser-int4": 0.5}, processes=1, source="browser", seed=2),
+        phone=data.bench("iPhone", {"student-coreml-int8": 0.5}, source="swift", seed=3),
+    )
+    rules = (Rule(quantity="ttft_ms", max=60), Rule(quantity="decode_tok_s", min=150))
+    return ship_report.make([place], Gate(rules=rules), version="0.1.0")
+
+
+def test_the_nearest_candidate_is_one_that_was_measured_there(fleet: Report) -> None:
+    """Not one that never ran there, for which no limit is broken."""
+    assert fleet.verdict.chosen == {"Jetson": None, "Chrome": None, "iPhone": "student-coreml-int8"}
+    reasons = [line for line in fleet.verdict.sentences if ": " in line]
+    assert [line.partition(":")[0] for line in reasons] == ["student-onnx-int4", "student-browser-int4"]
+    assert not any("not measured" in line for line in reasons)
+
+
+def test_what_was_not_measured_is_told_once_a_limit(fleet: Report) -> None:
+    group = ship_page._group(fleet, "student-coreml-int8")
+    absent = [row for row in group["checks"] if row["check"].state == "missing"]
+    assert [(row["what"], row["where"]) for row in absent] == [
+        ("time to first text", "Jetson; Chrome"),
+        ("decode speed", "Jetson; Chrome"),
+    ]
+    assert group["counts"]["missing"] == 4
+    browser = ship_page._group(fleet, "student-browser-int4")["checks"]
+    unproven = [row for row in browser if row["check"].state == "unproven"]
+    assert [row["more"] for row in unproven] == ["", ""], "too few processes are told once"
+    assert all("needs 3 processes" in row["check"].basis for row in unproven)
+
+
+def test_a_bundle_for_other_devices_is_no_row_of_repeated_words(fleet: Report) -> None:
+    matrix = ship_page.render(fleet).partition('<table class="fleet">')[2].partition("</table>")[0]
+    assert matrix.count("2 not measured") == 8, "four bundles on three devices, four were measured"
+    assert "not timed here" not in matrix
