@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from evals.bench import bench_import
+from evals.bench import bench_import, bench_results
 from evals.bench.bench import seconds_of
 from evals.bench.bench_results import BenchResults
 from evals.page_server import RESULTS, PageServer
@@ -44,10 +44,12 @@ class BrowserError(PocketError):
 class Asked:
     """What the page is to measure. provider: auto, webgpu or wasm. seconds: of a sustained run, 0: none.
 
-    wait_s: how long the results may take; threads: of WebAssembly, None: the page's own choice.
+    rounds: loadings of the page, each with `warmup` and `repeats` answers; the sustained run is in the first.
+    wait_s: how long the results of a round may take; threads: of WebAssembly, None: the page's own choice.
     """
 
     provider: str = "auto"
+    rounds: int = 1
     warmup: int = 3
     repeats: int = 10
     tokens: int = 16
@@ -55,7 +57,8 @@ class Asked:
     threads: int | None = None
     wait_s: float = 3600.0
 
-    def query(self) -> str:
+    def query(self, number: int = 0) -> str:
+        """What the page's address asks of it in this round."""
         values: dict[str, Any] = {
             "run": "bench",
             "post": RESULTS,
@@ -63,7 +66,7 @@ class Asked:
             "warmup": self.warmup,
             "repeats": self.repeats,
             "tokens": self.tokens,
-            "seconds": self.seconds,
+            "seconds": 0.0 if number else self.seconds,
         }
         if self.threads is not None:
             values["threads"] = self.threads
@@ -76,25 +79,72 @@ def bench(url: str, bundle: Path, asked: Asked = Asked(), tell: Tell = print) ->
     Raises InputError for a wrong address or bundle, BrowserError when the page fails or sends nothing.
     """
     host, port, is_here = parse(url)
-    with PageServer(bundle, host, port) as server:
-        address = f"{server.address}?{asked.query()}"
-        if is_here:
-            found = run_headless(address, server, asked.wait_s, tell)
-        else:
-            tell(f"open {address} on the device (its own name for this machine in place of {host})")
-            found = _received(server, asked.wait_s)
+    with PageServer(bundle, host, port) as server, tempfile.TemporaryDirectory() as scratch:
+        rounds = []
+        server.again = 0 if is_here else asked.rounds - 1
+        for number in range(asked.rounds):
+            address = f"{server.address}?{asked.query(number)}"
+            if asked.rounds > 1:
+                tell(f"round {number + 1} of {asked.rounds}")
+            if is_here:
+                found = run_headless(address, server, asked.wait_s, tell)
+            else:
+                if number == 0:
+                    tell(f"open {address} on the device (its own name for this machine in place of {host})")
+                found = _received(server, asked.wait_s)
+            rounds.append(_checked(found, Path(scratch) / "bench.json"))
+        path = Path(scratch) / "joined.json"
+        bench_results.write(joined(rounds, fresh=is_here), path)
+        return bench_import.read(path, [bundle])
+
+
+def _checked(found: dict[str, Any], path: Path) -> BenchResults:
+    """What a page sent, read as what it must be. Raises BrowserError, InputError."""
     if "error" in found:
         raise BrowserError(f"the page: {found['error']}")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "bench.json"
-        files.write_text(path, json.dumps(found))
-        results: BenchResults = bench_import.read(path, [bundle])
-    if results.source != SCHEME:
+    files.write_text(path, json.dumps(found))
+    results = bench_results.read(path)
+    if results.source != SCHEME or [len(one.points) for one in results.bundles] != [1]:
         raise BrowserError(f"the page: sent results of {results.source!r}; reload it")
     return results
 
 
-KNOWS = ("--repeats", "--warmup", "--tokens", "--threads", "--providers", "--sustained", "--device-name")
+def joined(rounds: Sequence[BenchResults], fresh: bool) -> BenchResults:
+    """Rounds of one bundle as one result. fresh: each was a browser of its own, not a page loaded anew.
+
+    Raises BrowserError when they differ in bundle, provider, threads or picture: then they are no rounds.
+    """
+    first = rounds[0]
+    for one in rounds[1:]:
+        for what, here, there in (
+            ("bundle", first.bundles[0].sha256, one.bundles[0].sha256),
+            ("providers", first.policy.providers, one.policy.providers),
+            ("threads", first.policy.threads, one.policy.threads),
+            ("picture and question", first.grid, one.grid),
+        ):
+            if here != there:
+                raise BrowserError(f"the page: its rounds differ in {what}: {here}, then {there}; ask again")
+    runs = [
+        one.bundles[0]
+        .points[0]
+        .runs[0]
+        .model_copy(update={"round": number, "order": number, "fresh_process": fresh or number == 0})
+        for number, one in enumerate(rounds)
+    ]
+    point = first.bundles[0].points[0].model_copy(update={"runs": tuple(runs)})
+    return first.model_copy(
+        update={
+            "bundles": (first.bundles[0].model_copy(update={"points": (point,)}),),
+            "policy": first.policy.model_copy(update={"rounds": len(rounds)}),
+            "notes": tuple(dict.fromkeys(note for one in rounds for note in one.notes)),
+        }
+    )
+
+
+KNOWS = (
+    *("--rounds", "--repeats", "--warmup", "--tokens", "--threads", "--providers", "--sustained"),
+    "--device-name",
+)
 """Options of the verb that mean something to a page."""
 
 
@@ -111,6 +161,7 @@ def measure(
         raise InputError(f"--on browser://: wanted one bundle, got {len(bundles)}")
     asked = Asked(
         provider=values["providers"] or "auto",
+        rounds=values["rounds"],
         warmup=values["warmup"],
         repeats=values["repeats"],
         tokens=values["tokens"],

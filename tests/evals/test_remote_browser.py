@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 
 import pocketvlm
 from evals import page_server
+from evals.bench import bench_summary
+from evals.bench.bench_results import BenchResults
 from evals.page_server import PageServer
 from evals.remote import remote, remote_browser
 from evals.remote.remote_browser import Asked, BrowserError
@@ -30,6 +32,7 @@ from runtime import bundle as bundles
 from runtime.errors import InputError
 from runtime.generation import GenerationOptions
 from runtime.session import open_bundle
+from tests.evals import ship_data
 from tests.export.browser_probe import modules
 
 HAS_BROWSER = modules() is not None and any(shutil.which(name) for name in remote_browser.BROWSERS)
@@ -150,6 +153,43 @@ def test_what_cannot_be_served_is_said(
         PageServer(with_page)
 
 
+def test_a_page_is_told_to_load_anew_as_often_as_wanted(server: PageServer) -> None:
+    server.again = 2
+    assert [request(server, "POST", "/results", b"{}")[0].status for _ in range(4)] == [205, 205, 204, 204]
+
+
+# --- rounds -----------------------------------------------------------
+
+
+def loaded(**changed: Any) -> BenchResults:
+    """What a page sends, as far as it matters here: one process."""
+    sent = ship_data.bench("Chrome", {"student-int4": 1.0}, processes=1, source="browser", **changed)
+    return sent.model_copy(update={"notes": ("one thread",)})
+
+
+def test_rounds_become_processes_of_one_result() -> None:
+    rounds = [loaded(seed=i) for i in range(3)]
+    for fresh in (True, False):
+        found = remote_browser.joined(rounds, fresh)
+        (point,) = found.bundles[0].points
+        assert [(run.round, run.order, run.fresh_process) for run in point.runs] == [
+            (0, 0, True), (1, 1, fresh), (2, 2, fresh),
+        ]  # fmt: skip
+        assert [run.times for run in point.runs] == [one.bundles[0].points[0].runs[0].times for one in rounds]
+        assert found.policy.rounds == 3 and found.notes == ("one thread",)
+        summary = bench_summary.complete(found).bundles[0].points[0].summary
+        assert summary is not None and summary.ttft_ms is not None and summary.ttft_ms.low is not None
+
+
+def test_rounds_of_different_things_are_not_joined() -> None:
+    one = loaded()
+    other = one.model_copy(update={"policy": one.policy.model_copy(update={"providers": ("webgpu",)})})
+    with pytest.raises(BrowserError, match=r"differ in providers: .*, then \('webgpu',\)"):
+        remote_browser.joined([one, other], fresh=True)
+    with pytest.raises(BrowserError, match="differ in picture and question"):
+        remote_browser.joined([one, loaded(grid=("large",))], fresh=True)
+
+
 # --- the verb ---------------------------------------------------------
 
 
@@ -178,14 +218,25 @@ def test_the_verb_hands_its_options_over(with_page: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(remote_browser, "bench", instead)
     options = ["--tokens", "5", "--repeats", "2", "--warmup", "0", "--sustained", "2m", "--threads", "3"]
-    command = ["bench", str(with_page), "--on", "browser://", *options, "--providers", "wasm"]
+    command = [
+        "bench",
+        str(with_page),
+        "--on",
+        "browser://",
+        *options,
+        "--providers",
+        "wasm",
+        "--rounds",
+        "2",
+    ]
     result = CliRunner().invoke(pocketvlm.app, command)
     assert (result.exit_code, result.stderr) == (2, "pocketvlm: far enough\n")
-    wanted = Asked("wasm", warmup=0, repeats=2, tokens=5, seconds=120, threads=3)
+    wanted = Asked("wasm", rounds=2, warmup=0, repeats=2, tokens=5, seconds=120, threads=3)
     assert seen == [("browser://", with_page, wanted)]
-    result = CliRunner().invoke(pocketvlm.app, [*command[:4], "--rounds", "2"])
+    assert "seconds=120" in wanted.query() and "seconds=0.0" in wanted.query(1)
+    result = CliRunner().invoke(pocketvlm.app, [*command[:4], "--images", "64"])
     assert result.exit_code == 2
-    assert "--rounds: not for browser://" in result.stderr
+    assert "--images: not for browser://" in result.stderr
 
 
 def test_a_browser_that_is_not_there_or_ends(
@@ -224,15 +275,17 @@ def test_the_page_conforms(with_page: Path) -> None:
 @pytest.mark.slow
 def test_a_bench_in_the_browser(with_page: Path) -> None:
     pytest.importorskip("onnxruntime")
-    asked = Asked(provider="wasm", warmup=1, repeats=2, tokens=3, seconds=0.5, threads=1, wait_s=240)
+    asked = Asked(
+        provider="wasm", rounds=2, warmup=1, repeats=2, tokens=3, seconds=0.5, threads=1, wait_s=240
+    )
     found = remote_browser.bench("browser://", with_page, asked)
     (measured,) = found.bundles
     assert (found.source, found.emulated, found.policy.threads) == ("browser", False, 1)
     assert measured.sha256 == bundles.digest(with_page / "manifest.json")[0]
     (point,) = measured.points
     assert point.decode_tokens == 3
-    assert [len(row) for row in point.runs[0].times.decode_ms] == [3, 3]
-    assert point.runs[0].load.cold_ms is not None
+    assert [[len(row) for row in run.times.decode_ms] for run in point.runs] == [[3, 3], [3, 3]]
+    assert all(run.load.cold_ms is not None and run.fresh_process for run in point.runs)
     assert point.summary is not None
     assert point.sustained is not None
     assert found.device.packages["onnxruntime-web"]
