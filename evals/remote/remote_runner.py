@@ -28,7 +28,7 @@ PROGRAM = "runner"
 
 PLAN = f"{runner_plan.CASE}/plan.txt"
 LIBRARY = re.compile(r".+\.so(\.\d+)*")
-LOADER = re.compile(r"ld-(linux|musl)-.+\.so\.\d+")
+LOADER = re.compile(r"ld-(linux|musl)-[\w-]+\.so\.\d+")
 
 Tell = Callable[[str], None]
 

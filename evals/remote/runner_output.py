@@ -6,6 +6,7 @@ Not here: starting it (`remote/remote_runner.py`).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import NamedTuple
 from evals.remote.runner_plan import Case
 
 HELLO = re.compile(r"^pocketvlm-runner (\d+) (\S+) (.+)$", re.MULTILINE)
+TIME = r"(\d+(?:\.\d+)?)"
 ANSWER = re.compile(
-    r"^answer encode_ms (\S+) prefill_ms (\S+) first_ms (\S+) total_ms (\S+)\n"
-    r"decode_ms((?: \S+)*)\ntokens((?: \d+)+)$",
+    rf"^answer encode_ms {TIME} prefill_ms {TIME} first_ms {TIME} total_ms {TIME}\n"
+    r"decode_ms((?: \d+(?:\.\d+)?)*)\ntokens((?: \d+)+)$",
     re.MULTILINE,
 )
 
@@ -70,7 +72,7 @@ def read(said: str) -> Said | None:
     if "done" not in said.splitlines() or not answers:
         return None
     try:
-        return Said(
+        found = Said(
             program=lines["program"].strip(),
             load_ms=float(lines["load_ms"]),
             load_peak_kib=int(lines["load_peak_kib"]),
@@ -80,14 +82,16 @@ def read(said: str) -> Said | None:
         )
     except (KeyError, ValueError):
         return None
+    figures = (found.load_ms, found.load_peak_kib, found.peak_kib)
+    return found if found.logits and all(0 <= each < math.inf for each in figures) else None
 
 
 def agreement(case: Case, processes: Sequence[Said]) -> str:
     """Whether tokens and first logits are those of the session here, in a sentence."""
     answers = [answer.tokens for said in processes for answer in said.answers]
-    away = max(abs(said.logits[i] - float(case.logits[i])) for said in processes for i in said.logits)
-    near = f"the first step's largest logits are within {away:.2g} of those there"
-    if away > case.logit_tolerance:
+    away = max(_away(case, said) for said in processes)
+    near = f"the first step's largest logits are within {away:.2g} of that session's"
+    if not away <= case.logit_tolerance:
         near = (
             f"the first step's largest logits are up to {away:.2g} off, the bundle allows "
             f"{case.logit_tolerance:.2g} between processors: what is computed there is wrong"
@@ -98,6 +102,12 @@ def agreement(case: Case, processes: Sequence[Said]) -> str:
     pairs = enumerate(zip(other, case.tokens, strict=False))
     place = next((i for i, (there, here) in pairs if there != here), len(other))
     return f"answers: from token {place + 1} of {len(case.tokens)} on not those of the Python session; {near}"
+
+
+def _away(case: Case, said: Said) -> float:
+    """The largest difference of a logit; infinite where the session has no such token."""
+    known = all(token < len(case.logits) for token in said.logits)
+    return max(abs(logit - float(case.logits[i])) for i, logit in said.logits.items()) if known else math.inf
 
 
 def _logits(words: Sequence[str]) -> dict[int, float]:

@@ -178,8 +178,8 @@ def _prompt(session: Session, ids: NDArray[np.int64], picture: PreparedImage) ->
     yield f"image_token {manifest.merge.token}"
     for number, arrays in enumerate(_inputs(manifest, picture)):
         yield "view"
-        for name, array in arrays.items():
-            yield f"input {_word(name)} {array.dtype} {_shape(array.shape)} {_input_file(number, name)}"
+        for place, (name, array) in enumerate(arrays.items()):
+            yield f"input {_word(name)} {array.dtype} {_shape(array.shape)} {_input_file(number, place)}"
     grids = [view.grid for view in picture.views]
     positions, following = positions_of(manifest, ids, grids)
     yield f"ids {len(ids)} {CASE}/ids.bin"
@@ -190,9 +190,9 @@ def _prompt(session: Session, ids: NDArray[np.int64], picture: PreparedImage) ->
 def _files(session: Session, ids: NDArray[np.int64], picture: PreparedImage) -> dict[str, bytes]:
     positions, _ = positions_of(session.manifest, ids, [view.grid for view in picture.views])
     found = {
-        _input_file(number, name): _bytes(array)
+        _input_file(number, place): _bytes(array)
         for number, arrays in enumerate(_inputs(session.manifest, picture))
-        for name, array in arrays.items()
+        for place, array in enumerate(arrays.values())
     }
     return {**found, f"{CASE}/ids.bin": _bytes(ids), f"{CASE}/positions.bin": _bytes(positions)}
 
@@ -232,8 +232,8 @@ def _paths(manifest: Manifest) -> list[str]:
     )
 
 
-def _input_file(view: int, name: str) -> str:
-    return f"{CASE}/{view}-{name}.bin"
+def _input_file(view: int, place: int) -> str:
+    return f"{CASE}/view-{view}-{place}.bin"
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -158,7 +158,7 @@ def test_through_adb(
 
 def test_other_pixels_are_seen(onnx_runner: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     case = prepared(tiny_bundle, tmp_path)
-    pixels = tmp_path / "case" / "0-pixel_values.bin"
+    pixels = tmp_path / "case" / "view-0-0.bin"
     pixels.write_bytes(np.frombuffer(pixels.read_bytes(), np.float32)[::-1].tobytes())
     assert "wrong" in runner_output.agreement(
         replace(case, logit_tolerance=1e-3), [ran(onnx_runner, tmp_path)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from evals.bench import bench_grid
 from evals.remote import runner_output, runner_plan
@@ -157,6 +159,18 @@ def test_output_of_another_kind_is_none(old: str, new: str) -> None:
     assert runner_output.read(SAID.replace(old, new)) is None
 
 
+@given(
+    st.lists(
+        st.sampled_from([*SAID.splitlines(), "decode_ms nan", "logits", "load_ms -1", "logits 7", "done "])
+        | st.text(max_size=20)
+    )
+)
+def test_no_output_breaks_the_reader(lines: list[str]) -> None:
+    found = runner_output.read("\n".join(lines))
+    assert found is None or (found.answers and found.logits and found.load_ms >= 0)
+    runner_output.hello("\n".join(lines))
+
+
 def test_agreement(case: Case) -> None:
     said = runner_output.read(SAID)
     assert said is not None
@@ -168,4 +182,7 @@ def test_agreement(case: Case) -> None:
     text = runner_output.agreement(case, [replace(same, answers=(answer, other))])
     assert text.startswith("answers: from token 4 of 5 on not those") and "within" in text
     far = replace(same, logits={1: logits[1] + 2 * case.logit_tolerance})
-    assert "what is computed there is wrong" in runner_output.agreement(case, [far])
+    strange = replace(same, logits={len(case.logits): 0.0})
+    nothing = replace(same, logits={1: float("nan")})
+    for odd in (far, strange, nothing):
+        assert "what is computed there is wrong" in runner_output.agreement(case, [odd])

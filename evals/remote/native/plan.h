@@ -15,7 +15,7 @@
 
 namespace pocketvlm {
 
-constexpr int PLAN_VERSION = 1;
+constexpr int PLAN_VERSION = 1, MOST_DIMENSIONS = 8;
 
 /// Whatever stops a run; its text is one line for a person.
 struct Error : std::runtime_error {
@@ -72,22 +72,21 @@ inline size_t width_of(const std::string& type) {
     return found->second;
 }
 
-inline std::vector<uint8_t> read_bytes(const std::string& path, size_t expected) {
-    std::ifstream file(path, std::ios::binary);
+/// A file of exactly `size` bytes, into memory of that size.
+inline void read_into(const std::string& path, void* memory, size_t size) {
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
     if (!file) throw Error(path + ": cannot be read");
-    std::vector<uint8_t> found((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    if (found.size() != expected) {
-        throw Error(path + ": has " + std::to_string(found.size()) + " bytes, the plan says " +
-                    std::to_string(expected));
+    const std::streamoff found = file.tellg();
+    if (found != static_cast<std::streamoff>(size)) {
+        throw Error(path + ": has " + std::to_string(found) + " bytes, the plan says " + std::to_string(size));
     }
-    return found;
+    file.seekg(0);
+    if (size && !file.read(static_cast<char*>(memory), found)) throw Error(path + ": cannot be read");
 }
 
-inline std::vector<int64_t> read_int64(const std::string& path, size_t expected) {
-    const std::vector<uint8_t> bytes = read_bytes(path, expected * sizeof(int64_t));
-    std::vector<int64_t> found(expected);
-    if (expected) std::char_traits<char>::copy(reinterpret_cast<char*>(found.data()),
-                                               reinterpret_cast<const char*>(bytes.data()), bytes.size());
+inline std::vector<int64_t> read_int64(const std::string& path, size_t count) {
+    std::vector<int64_t> found(count);
+    read_into(path, found.data(), count * sizeof(int64_t));
     return found;
 }
 
@@ -116,7 +115,9 @@ class Words {
     }
 
     std::vector<int64_t> shape() {
-        std::vector<int64_t> sizes(static_cast<size_t>(integer()));
+        const int64_t count = integer();
+        if (count < 0 || count > MOST_DIMENSIONS) throw Error(where() + ": a tensor has too many dimensions");
+        std::vector<int64_t> sizes(static_cast<size_t>(count));
         for (int64_t& size : sizes) {
             size = integer();
             if (size < 0) throw Error(where() + ": a size is negative");
@@ -144,7 +145,8 @@ inline Tensor read_tensor(Words& words) {
     found.name = words.text();
     found.type = words.text();
     found.shape = words.shape();
-    found.bytes = read_bytes(words.rest(), static_cast<size_t>(count_of(found.shape)) * width_of(found.type));
+    found.bytes.resize(static_cast<size_t>(count_of(found.shape)) * width_of(found.type));
+    read_into(words.rest(), found.bytes.data(), found.bytes.size());
     return found;
 }
 
