@@ -177,13 +177,19 @@ def sheet(adb: Adb, properties: Mapping[str, str], clusters: Sequence[CoreCluste
         memory_mib=int(memory[1]) / 1024 if memory else None,
         os=f"Android {properties.get('ro.build.version.release', '')}".strip(),
         kernel=adb.shell("uname -r").strip() or None,
-        power_source="mains" if re.search(r"(USB|AC) powered: true", battery) else "battery",
+        power_source=_power_source(battery),
         battery_share=int(level[1]) / 100 if level else None,
         temperatures=() if celsius is None else (Temperature(zone="battery", celsius=celsius),),
         thermal_state=state,
         packages=device.versions(["pocketvlm"]),
         providers=(),
     )
+
+
+def _power_source(battery: str) -> Literal["mains", "battery"] | None:
+    """By `dumpsys battery`; None where it does not say."""
+    found = re.findall(r"powered: (true|false)", battery)
+    return ("mains" if "true" in found else "battery") if found else None
 
 
 def last_line(said: str) -> str:

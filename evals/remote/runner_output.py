@@ -96,12 +96,14 @@ def agreement(case: Case, processes: Sequence[Said]) -> str:
             f"the first step's largest logits are up to {away:.2g} off, the bundle allows "
             f"{case.logit_tolerance:.2g} between processors: what is computed there is wrong"
         )
-    other = next((tokens for tokens in answers if tokens != case.tokens), None)
-    if other is None:
-        return f"answers: all {len(answers)} have the {len(case.tokens)} tokens of the Python session; {near}"
-    pairs = enumerate(zip(other, case.tokens, strict=False))
-    place = next((i for i, (there, here) in pairs if there != here), len(other))
-    return f"answers: from token {place + 1} of {len(case.tokens)} on not those of the Python session; {near}"
+    equal = sum(tokens == case.tokens for tokens in answers)
+    head = f"answers: {equal} of {len(answers)} have the {len(case.tokens)} tokens of the Python session"
+    if equal < len(answers):
+        other = next(tokens for tokens in answers if tokens != case.tokens)
+        pairs = enumerate(zip(other, case.tokens, strict=False))
+        place = next((i for i, (there, here) in pairs if there != here), min(len(other), len(case.tokens)))
+        head += f", the first of the others leaves them at token {place + 1}"
+    return f"{head}; {near}"
 
 
 def _away(case: Case, said: Said) -> float:

@@ -69,6 +69,21 @@ def test_programs_for_other_processors(tmp_path: Path, runner: Path) -> None:
             remote_phone.program_machine(path)
 
 
+@pytest.mark.parametrize(
+    ("said", "source"),
+    [
+        ("  AC powered: false\n  USB powered: true\n", "mains"),
+        ("  Wireless powered: true\n", "mains"),
+        ("  AC powered: false\n  USB powered: false\n", "battery"),
+        ("", None),
+    ],
+)
+def test_power_sources(phone: Path, said: str, source: str | None) -> None:
+    Path(os.environ["TOOLS"], "dumpsys").write_text(f"#!/bin/sh\ncat <<'END'\n{said}END\n")
+    adb = remote_phone.Adb("phone")
+    assert remote_phone.sheet(adb, remote_phone.properties_of(adb), []).power_source == source
+
+
 # --- plumbing ---------------------------------------------------------
 
 
@@ -95,7 +110,7 @@ def test_a_bench_through_adb(phone: Path, runner: Path, tiny_bundle: Path) -> No
     assert point.summary.decode_ms is not None and point.summary.decode_ms.n == 8
     assert (point.summary.load_peak_rss_mib, point.summary.peak_rss_mib) == (20, 30)
     assert point.summary.preprocess_ms is None and any("preprocessing" in one.what for one in found.missing)
-    assert any("not those of the Python session" in note for note in found.notes)
+    assert any("0 of 4 have the 3 tokens of the Python session" in note for note in found.notes)
     assert not found.emulated
     assert point.runs[0].disturbance is not None
     assert point.runs[0].disturbance.celsius_after == 31.2

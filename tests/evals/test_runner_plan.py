@@ -177,10 +177,11 @@ def test_agreement(case: Case) -> None:
     logits = {i: float(case.logits[i]) for i in (1, 2)}
     answer = replace(said.answers[0], tokens=case.tokens)
     same = replace(said, logits=logits, answers=(answer, answer))
-    assert runner_output.agreement(case, [same]).startswith("answers: all 2 have the 5 tokens")
+    assert runner_output.agreement(case, [same]).startswith("answers: 2 of 2 have the 5 tokens")
     other = replace(answer, tokens=(*case.tokens[:3], case.tokens[3] + 1, case.tokens[4]))
     text = runner_output.agreement(case, [replace(same, answers=(answer, other))])
-    assert text.startswith("answers: from token 4 of 5 on not those") and "within" in text
+    assert text.startswith("answers: 1 of 2 have the 5 tokens") and "leaves them at token 4; " in text
+    assert "within" in text
     far = replace(same, logits={1: logits[1] + 2 * case.logit_tolerance})
     strange = replace(same, logits={len(case.logits): 0.0})
     nothing = replace(same, logits={1: float("nan")})
