@@ -24,6 +24,7 @@ from export.decoder import DecoderShape
 from export.families import Family
 from export.hybrid import HybridShape
 from runtime import files
+from runtime.errors import CheckpointError
 from runtime.image_spec import (
     GridTiles,
     ImageOperation,
@@ -31,6 +32,7 @@ from runtime.image_spec import (
     Normalise,
     PatchifyBlocks,
     PatchifyPadded,
+    ResizeExact,
     SmartResize,
 )
 from runtime.manifest import Manifest
@@ -56,13 +58,13 @@ def write(bundle: Path, draft: Manifest, family: Family, checkpoint: Checkpoint)
     """Write the files into `bundle`, whose parts have their weights in data files; returns their paths."""
     parts = {part.role: bundle / part.path for part in draft.parts}
     features = next(out for out in draft.part("vision_encoder").outputs if out.name == genai_graphs.FEATURES)
-    layers = draft.deepstack.layers if draft.deepstack else 0
+    rider = genai_graphs.passenger(draft)
     kind = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16"}[features.dtype]]
     graphs = {
-        EMBEDDING: genai_graphs.embedding(parts["embed_tokens"], draft.merge.token, kind, layers),
-        DECODER: genai_graphs.decoder(parts["decoder"], draft.deepstack),
+        EMBEDDING: genai_graphs.embedding(parts["embed_tokens"], draft.merge.token, kind, rider),
+        DECODER: genai_graphs.decoder(parts["decoder"], rider),
         VISION: genai_graphs.vision(
-            parts["vision_encoder"], draft.deepstack, mask=_layout(draft.image, PatchifyPadded) is not None
+            parts["vision_encoder"], rider, mask=_layout(draft.image, PatchifyPadded) is not None
         ),
     }
     written = []
@@ -77,7 +79,7 @@ def write(bundle: Path, draft: Manifest, family: Family, checkpoint: Checkpoint)
             **_token_ids(draft, checkpoint),
             "vocab_size": shape.vocab,
             "context_length": draft.limits.context,
-            "decoder": _decoder(shape, layers),
+            "decoder": _decoder(shape, rider.columns(shape.hidden) if rider else 0),
             "embedding": {
                 "filename": EMBEDDING,
                 "inputs": {"input_ids": "input_ids", "image_features": genai_graphs.FEATURES},
@@ -103,12 +105,12 @@ def _token_ids(draft: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
     return {**found, **{name: int(getattr(checkpoint.config, name)) for name in known}}
 
 
-def _decoder(shape: DecoderShape, layers: int) -> dict[str, Any]:
-    """`hidden_size` is the width of what goes between the graphs, which deepstack widens."""
+def _decoder(shape: DecoderShape, columns: int) -> dict[str, Any]:
+    """`hidden_size` is the width of what goes between the graphs, `columns` more than the model's."""
     found: dict[str, Any] = {
         "filename": DECODER,
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "hidden_size": shape.hidden * (layers + 1),
+        "hidden_size": shape.hidden + columns,
         "head_size": shape.head_dim,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
@@ -139,7 +141,7 @@ def _vision(draft: Manifest, graph: str | None) -> dict[str, Any]:
     inputs = {"pixel_values": "pixel_values"}
     if _layout(draft.image, PatchifyPadded) is not None:
         inputs |= {"attention_mask": genai_graphs.MASK, "image_sizes": "spatial_shapes"}
-    else:
+    elif _layout(draft.image, PatchifyBlocks) is not None:
         inputs["image_grid_thw"] = "image_grid_thw"
     return {
         "filename": graph or draft.part("vision_encoder").path,
@@ -156,22 +158,11 @@ def _vision(draft: Manifest, graph: str | None) -> dict[str, Any]:
 
 def processor(image: ImageSpec) -> dict[str, Any]:
     """The image section as transforms of onnxruntime-extensions. Tiles become the whole view alone."""
-    resize = next(_resized(each) for each in image.operations if isinstance(each, (SmartResize, GridTiles)))
     colours = next(each for each in image.operations if isinstance(each, Normalise))
-    grid, blocks = image.tokens, _layout(image, PatchifyBlocks)
+    blocks = _layout(image, PatchifyBlocks)
     steps: list[tuple[str, dict[str, Any]]] = [
         ("DecodeImage", {"color_space": "RGB"}),
-        (
-            "Resize",
-            {
-                "interpolation": _FILTERS[resize.filter],
-                "smart_resize": 1,
-                "min_pixels": resize.min_pixels,
-                "max_pixels": resize.max_pixels,
-                "patch_size": grid.patch,
-                "merge_size": grid.merge,
-            },
-        ),
+        ("Resize", _resize(image)),
         ("Rescale", {"rescale_factor": 1 / _BYTE}),
         ("Normalize", {"mean": _fractions(colours.subtract), "std": _fractions(colours.divide)}),
     ]
@@ -179,7 +170,9 @@ def processor(image: ImageSpec) -> dict[str, Any]:
         sizes = {"patch_size": blocks.patch, "temporal_patch_size": blocks.frames, "merge_size": blocks.merge}
         steps.append(("PatchImage", sizes))
     else:
-        steps += [("Permute3D", {"dims": [2, 0, 1]}), ("PixtralImageSizes", {})]
+        steps.append(("Permute3D", {"dims": [2, 0, 1]}))
+    if _layout(image, PatchifyPadded) is not None:
+        steps.append(("PixtralImageSizes", {}))
     transforms = [
         {"operation": {"name": kind.lower(), "type": kind, **({"attrs": attrs} if attrs else {})}}
         for kind, attrs in steps
@@ -187,10 +180,27 @@ def processor(image: ImageSpec) -> dict[str, Any]:
     return {"processor": {"name": "image_processor", "transforms": transforms}}
 
 
-def _resized(operation: SmartResize | GridTiles) -> SmartResize:
-    found = operation.whole if isinstance(operation, GridTiles) else operation
-    assert isinstance(found, SmartResize), "Family.genai_type is for families of smart_resize"
-    return found
+def _resize(image: ImageSpec) -> dict[str, Any]:
+    """Attributes of its Resize. Raises CheckpointError for a way of resizing that it lacks."""
+    for operation in image.operations:
+        found = operation.whole if isinstance(operation, GridTiles) else operation
+        if isinstance(found, SmartResize):
+            return {
+                "interpolation": _FILTERS[found.filter],
+                "smart_resize": 1,
+                "min_pixels": found.min_pixels,
+                "max_pixels": found.max_pixels,
+                "patch_size": image.tokens.patch,
+                "merge_size": image.tokens.merge,
+            }
+        if isinstance(found, ResizeExact):
+            size = {"height": found.height, "width": found.width}
+            return {"interpolation": _FILTERS[found.filter], "keep_aspect_ratio": 0, **size}
+    names = ", ".join(operation.op for operation in image.operations)
+    raise CheckpointError(
+        f"image operations {names}: onnxruntime-genai's processor has no such resize; "
+        "let the family's genai_type be None"
+    )
 
 
 def _layout(image: ImageSpec, kind: type[ImageOperation]) -> ImageOperation | None:

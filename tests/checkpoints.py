@@ -415,12 +415,14 @@ def write_gemma3(
     heads: int = 4,
     kv_heads: int = 2,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    side: int = 64,
+    tokens: int = 16,
 ) -> Path:
     """`layers` pairs of a layer with a window of 12 tokens and one without; 64 px pictures of 16 tokens."""
     rope = {"rope_type": "default"}
     config = {
         "model_type": "gemma3",
-        "mm_tokens_per_image": 16,
+        "mm_tokens_per_image": tokens,
         "boi_token_index": {"token": "<start_of_image>"},
         "eoi_token_index": {"token": "<end_of_image>"},
         "image_token_index": {"token": "<image_soft_token>"},
@@ -431,7 +433,7 @@ def write_gemma3(
             "intermediate_size": 2 * hidden,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "image_size": 64,
+            "image_size": side,
             "patch_size": 8,
             "vision_use_head": False,
         },
@@ -450,10 +452,10 @@ def write_gemma3(
     }  # fmt: skip
     processor = {
         "processor_class": "Gemma3Processor",
-        "image_seq_length": 16,
+        "image_seq_length": tokens,
         "image_processor": {
             "image_processor_type": "Gemma3ImageProcessor",
-            "size": {"height": 64, "width": 64},
+            "size": {"height": side, "width": side},
         },
     }
     template = CHATML.replace("IMAGE", "<start_of_image>")

@@ -24,6 +24,7 @@ from runtime.manifest import ImageAttention
 from runtime.prompt_spec import PromptSpec
 
 _KINDS = ("full_attention", "sliding_attention")
+_GENAI_TOKENS = 256
 
 
 class _OneCentredRMSNorm(nn.Module):
@@ -169,6 +170,12 @@ class Gemma3(Family):
             after=after,
             refused=(processor.boi_token, token),
         )
+
+    def genai_type(self, checkpoint: Checkpoint) -> str | None:
+        """Its processor writes so many of these tokens for a picture, whatever the checkpoint says."""
+        processor = checkpoint.processor
+        marks = "\n\n<start_of_image>" + "<image_soft_token>" * _GENAI_TOKENS + "<end_of_image>\n\n"
+        return "gemma3" if processor.full_image_sequence == marks else None
 
 
 GEMMA3 = Gemma3()

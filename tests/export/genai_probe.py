@@ -2,8 +2,8 @@
 
 In: a bundle's directory, a JSON file: `cases` of {`ids` or `prompt`, `images` (paths), `tensors` (a .npz that
 stands in for its image processor's output), `new_tokens`}. Out, on stdout: a JSON list, for each case the
-prompt's `ids`, the `tokens` after them and the `logits` that the first one was taken from, and the file that
-its own processor's tensors went to.
+prompt's `ids`, the `tokens` after them, the `logits` that the first and the last of them were taken from, and
+the file that its own processor's tensors went to.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def run(model: Any, case: dict[str, Any], out: Path) -> dict[str, Any]:
     params.set_search_options(max_length=len(ids) + case["new_tokens"], do_sample=False)
     generator = og.Generator(model, params)
     generator.set_inputs(tensors)
-    found["logits"] = [float(each) for each in generator.get_logits().reshape(-1)]
+    found["logits"] = []
     while not generator.is_done():
+        found["logits"] = [*found["logits"][:1], generator.get_logits().reshape(-1).tolist()]
         generator.generate_next_token()
     sequence = generator.get_sequence(0)
     return {**found, "ids": [int(i) for i in ids], "tokens": [int(i) for i in sequence[len(ids) :]]}

@@ -18,16 +18,37 @@ import pytest
 
 from export import genai, genai_check, onnx
 from export.checkpoint import load
+from export.families.gemma3 import GEMMA3
 from export.families.lfm2_vl import LFM2_VL
 from export.families.qwen_vl import QWEN_VL
 from export.families.smolvlm import SMOLVLM
+from export.passes import add_initializer
 from export.quantize import quantize, resolve
-from runtime.errors import ParityError
-from runtime.image_spec import ExifRotate, ImageSpec, Normalise, PatchifyBlocks, SmartResize, TokenGrid, ToRgb
+from runtime.errors import CheckpointError, ParityError
+from runtime.image_spec import (
+    ExifRotate,
+    ImageSpec,
+    Normalise,
+    PatchifyBlocks,
+    ResizeExact,
+    ResizeLongestEdge,
+    SmartResize,
+    TokenGrid,
+    ToNchw,
+    ToRgb,
+)
 from runtime.manifest import Manifest
-from tests.checkpoints import FAMILIES
+from tests.checkpoints import FAMILIES, write_gemma3
 
-NAMES = ("qwen3_vl", "lfm2_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow))
+MAKERS: dict[str, Callable[..., Path]] = {
+    **FAMILIES,
+    "gemma3": functools.partial(write_gemma3, side=128, tokens=256),
+}
+NAMES = (
+    "qwen3_vl",
+    "lfm2_vl",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "gemma3")),
+)
 SMALL_BYTES = 100_000  # the largest graph here has 42 kB, its weights 1.5 MB
 
 
@@ -55,7 +76,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Writer:
     @functools.cache
     def get(name: str) -> Written:
         out = tmp_path_factory.mktemp(name)
-        facts = onnx.prepare(load(FAMILIES[name](out / "tiny")), (), lambda _: None)
+        facts = onnx.prepare(load(MAKERS[name](out / "tiny")), (), lambda _: None)
         return write(facts, out / "bundle", facts.graphs, "fp32")
 
     return get
@@ -183,27 +204,11 @@ def test_an_image_token_without_a_feature_keeps_its_embedding(written: Writer) -
 def turn_around(graph: ir.Graph) -> None:
     """Deepstack's layers in the wrong order."""
     node = next(node for node in graph if node.name == "genai.turned")
-    first = ir.node("Identity", [node.inputs[0]], name="first")
-    reverse = ir.node(
-        "Slice",
-        [
-            first.outputs[0],
-            *(
-                onnx_constant(graph, f"reverse.{key}", value)
-                for key, value in (("start", -1), ("end", np.iinfo(np.int64).min), ("axis", 2), ("step", -1))
-            ),
-        ],
-        name="reverse",
-    )
-    graph.insert_before(node, [first, reverse])
-    node.replace_input_with(0, reverse.outputs[0])
-
-
-def onnx_constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    tensor = ir.tensor(np.array([number], np.int64), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
+    ends = {"start": -1, "end": np.iinfo(np.int64).min, "axis": 2, "step": -1}
+    numbers = [add_initializer(graph, f"back.{key}", np.array([n], np.int64)) for key, n in ends.items()]
+    back = ir.node("Slice", [node.inputs[0], *numbers], name="back")
+    graph.insert_before(node, back)
+    node.replace_input_with(0, back.outputs[0])
 
 
 def other_token(graph: ir.Graph) -> None:
@@ -259,6 +264,10 @@ def test_other_marks_around_a_picture_get_nothing(written: Writer) -> None:
     for change in ({"use_image_special_tokens": False}, {"image_end_token": "<end>"}):
         processor = SimpleNamespace(**{**marks, "use_image_special_tokens": True, **change})
         assert LFM2_VL.genai_type(SimpleNamespace(processor=processor)) is None  # type: ignore[arg-type]
+    for tokens, known in ((256, "gemma3"), (16, None)):
+        text = "\n\n<start_of_image>" + "<image_soft_token>" * tokens + "<end_of_image>\n\n"
+        processor = SimpleNamespace(full_image_sequence=text)
+        assert GEMMA3.genai_type(SimpleNamespace(processor=processor)) == known  # type: ignore[arg-type]
     qwen = written("qwen3_vl").facts.checkpoint
     assert QWEN_VL.genai_type(qwen) == "qwen3_vl"
     strange = SimpleNamespace(
@@ -298,6 +307,26 @@ def test_the_image_section_becomes_transforms() -> None:
         ("Normalize", {"mean": [0.0, 0.2, 0.5], "std": [1.0, 0.5, 0.2]}),
         ("PatchImage", {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}),
     ]
+
+
+def test_one_size_is_stretched_and_another_resize_is_refused(written: Writer) -> None:
+    draft = written("lfm2_vl").draft
+    front, colours = draft.image.operations[:2], draft.image.operations[-2]
+
+    def section(resize: Any) -> ImageSpec:
+        return ImageSpec(
+            operations=(*front, resize, colours, ToNchw()),
+            tokens=TokenGrid(patch=8, merge=2),
+            max_views=1,
+            max_tokens=16,
+        )
+
+    found = steps(section(ResizeExact(height=64, width=48, filter="bilinear")))
+    assert [kind for kind, _ in found][-2:] == ["Normalize", "Permute3D"]
+    exact = {"interpolation": "LINEAR", "keep_aspect_ratio": 0, "height": 64, "width": 48}
+    assert dict(found)["Resize"] == exact
+    with pytest.raises(CheckpointError, match=r"resize_longest_edge@1.*has no such resize"):
+        genai.processor(section(ResizeLongestEdge(longest_edge=64, cap=64, filter="lanczos")))
 
 
 def test_tiles_become_the_whole_picture(written: Writer) -> None:

@@ -25,7 +25,7 @@ from export.checkpoint import load
 from runtime.image import PreparedImage
 from runtime.image_spec import Normalise
 from runtime.session import Session, open_bundle
-from tests.checkpoints import FAMILIES, VARIANTS
+from tests.checkpoints import FAMILIES, VARIANTS, write_gemma3
 
 GIVEN = os.environ.get("POCKETVLM_GENAI_PYTHON")
 PYTHON = GIVEN or sys.executable
@@ -38,12 +38,20 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl")
-PICTURE = {"lfm2_vl": "<image>"}
+MAKERS: dict[str, Callable[..., Path]] = {
+    **FAMILIES,
+    **VARIANTS,
+    "gemma3": functools.partial(write_gemma3, side=128, tokens=256),  # what its processor writes
+}
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "lfm2_vl", "gemma3")
+PICTURE = {"lfm2_vl": "<image>", "gemma3": "<start_of_image>"}
 QUESTION = "what color is the shape?"
 NEW_TOKENS = 12
 SIZES = ((64, 64), (100, 60), (30, 90), (17, 9))
 """Width and height; none is cut into tiles, no side is half a token more than whole ones."""
+
+SQUARE = (128, 128)
+"""The size of gemma3's pictures."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     @functools.cache
     def get(name: str) -> Made:
         out = tmp_path_factory.mktemp(name)
-        facts = onnx.prepare(load({**FAMILIES, **VARIANTS}[name](out / "tiny")), (), lambda _: None)
+        facts = onnx.prepare(load(MAKERS[name](out / "tiny")), (), lambda _: None)
 
         @functools.cache
         def bundle(precision: str) -> Path:
@@ -77,7 +85,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     draw, out = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
     found = []
-    for width, height in SIZES:
+    for width, height in (*SIZES, SQUARE):
         noise = draw.integers(0, 256, (height // 10 + 2, width // 10 + 2, 3), dtype=np.uint8)
         found.append(out / f"{width}x{height}.png")
         Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(found[-1])
@@ -98,13 +106,20 @@ def ask_genai(bundle: Path, cases: Sequence[dict[str, Any]], folder: Path) -> li
 
 
 def greedy(session: Session, ids: Any, prepared: Sequence[PreparedImage]) -> tuple[list[int], Any]:
-    """Up to NEW_TOKENS tokens without the one that ends the answer, and the logits of the first."""
-    logits = first = session.prefill(ids, [session.encode_image(each) for each in prepared])
+    """Up to NEW_TOKENS tokens without the one that ends the answer, and the logits of its first and last."""
+    logits = session.prefill(ids, [session.encode_image(each) for each in prepared])
     tokens: list[int] = []
-    while len(tokens) < NEW_TOKENS and int(logits.argmax()) not in session.stop_ids:
+    seen: list[Any] = []
+    while len(tokens) < NEW_TOKENS and not (seen and tokens[-1] in session.stop_ids):
         tokens.append(int(logits.argmax()))
+        seen = [*seen[:1], logits]
         logits = session.decode(tokens[-1])
-    return tokens, first
+    return [token for token in tokens if token not in session.stop_ids], np.stack(seen)
+
+
+def alone(pictures: Sequence[Path], name: str) -> list[list[Path]]:
+    """No picture, and each by itself."""
+    return [[], *([each] for each in (pictures if name == "gemma3" else pictures[: len(SIZES)]))]
 
 
 def tensors_of(prepared: Sequence[PreparedImage], path: Path) -> str:
@@ -133,15 +148,21 @@ def test_it_answers_as_our_session_does(
 ) -> None:
     """Our ids and vision inputs through its pipeline: positions, merging, states and the loop are its own."""
     bundle = made(name).bundle(precision)
-    cases, wanted = [], []
+    cases: list[dict[str, Any]] = []
+    wanted = []
     with open_bundle(bundle) as session:
-        groups: list[list[Path]] = [[], *([each] for each in pictures)]
-        if name != "lfm2_vl":  # whose vision graph takes one picture
+        groups = alone(pictures, name)
+        # LFM2-VL's vision graph takes one picture; Gemma's takes all at once, which then share the scale of
+        # rounded activations
+        if name.startswith("qwen") or (name, precision) == ("gemma3", "fp32"):
             groups.append(pictures[:2])
         for group in groups:
             prepared = [session.prepare(str(each)) for each in group]
             ids = session.prompt_ids(QUESTION, prepared)
-            case: dict[str, Any] = {"ids": ids.tolist(), "image_tokens": sum(x.tokens for x in prepared)}
+            tokens = [each.tokens for each in prepared]
+            # pictures of one size: it counts those of one
+            number = max(tokens, default=0) if name == "gemma3" else sum(tokens)
+            case: dict[str, Any] = {"ids": ids.tolist(), "image_tokens": number}
             if group:
                 case["tensors"] = tensors_of(prepared, tmp_path / f"{len(cases)}.npz")
             cases.append(case)
@@ -159,12 +180,12 @@ def test_its_own_processor_makes_the_same_prompt_and_nearly_the_same_pixels(
     """Text and picture files through its processor. Pillow's resize is up to two bytes from PyTorch's."""
     bundle = made(name).bundle("fp32")
     asked = "<|im_start|>user\n{}" + QUESTION + "<|im_end|>\n<|im_start|>assistant\n"
-    groups: list[list[Path]] = [[], *([each] for each in pictures)]
+    groups = alone(pictures, name)
     cases = [
         {"prompt": asked.format(made(name).mark * len(group)), "images": [str(each) for each in group]}
         for group in groups
     ]
-    found = ask_genai(bundle, cases, tmp_path)
+    found, exact = ask_genai(bundle, cases, tmp_path), 0
     with open_bundle(bundle) as session:
         operations = session.manifest.image.operations
         byte = 1 / min(min(each.divide) for each in operations if isinstance(each, Normalise))
@@ -179,11 +200,12 @@ def test_its_own_processor_makes_the_same_prompt_and_nearly_the_same_pixels(
                 theirs = arrays["pixel_values"]
             ours = prepared[0].views[0].inputs["pixel_values"][..., : theirs.shape[-2], :]
             assert np.abs(ours - theirs).max() <= 2.01 * byte
-            if SIZES[pictures.index(group[0])] == (64, 64):  # not resized
-                np.testing.assert_allclose(theirs, ours, atol=1e-6)
+            if np.abs(ours - theirs).max() < 1e-5 * float(np.abs(ours).max()):  # not resized
+                exact += 1
                 tokens, logits = greedy(session, ids, prepared)
                 assert each["tokens"] == tokens
                 np.testing.assert_allclose(each["logits"], logits, atol=1e-4 * float(np.abs(logits).max()))
+    assert exact
 
 
 def test_several_pictures_are_refused_by_a_graph_of_one(
