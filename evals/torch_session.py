@@ -156,22 +156,25 @@ class TorchSession(Answering):
         self, source: Sources, question: str, max_new_tokens: int, *, history: History = ()
     ) -> list[int]:
         """Greedy new ids by transformers' own `generate` on the processor's inputs, a stop id included."""
+        return self.greedy(source, question, max_new_tokens, history=history)[0]
+
+    def greedy(
+        self, source: Sources, question: str, max_new_tokens: int, *, history: History = ()
+    ) -> tuple[list[int], list[float]]:
+        """As `generate`, and for each id how far the two largest logits were apart."""
         import torch
 
         ids, inputs = self._inputs(source, question, history)
         with torch.no_grad():
-            found = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return [int(i) for i in found[0, len(ids) :]]
-
-    def margin(self, source: Sources, question: str, tokens: Sequence[int]) -> float:
-        """Difference of the two largest logits after the prompt and `tokens`."""
-        prepared = [self._prepared(each) for each in sources_of(source)]
-        features = [self.encode_image(each) for each in prepared]
-        logits = self.prefill(self.prompt_ids(question, prepared), features)
-        for token in tokens:
-            logits = self.decode(token)
-        low, high = np.sort(logits)[-2:]
-        return float(high - low)
+            found = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        best = [torch.topk(logits[0].float(), 2).values for logits in found.logits]
+        return found.sequences[0, len(ids) :].tolist(), [float(two[0] - two[1]) for two in best]
 
     def close(self) -> None:
         """Forget the running sequence and the pictures given as bytes."""

@@ -144,9 +144,11 @@ def _weight_error(
         if not np.array_equal(array, other):
             raise ParityError(f"{where}: weight {left.name} differs, though no rule rounds it")
         return 0.0
-    step, allowed = twin.steps[str(right.name)]
-    safe = np.where(step > 0, step, 1.0)
-    error = np.abs(array - other) / safe
+    make_step, allowed = twin.steps[str(right.name)]
+    step = make_step()
+    error = np.subtract(array, other)
+    np.abs(error, out=error)
+    np.divide(error, step, out=error, where=step > 0)  # a block of zeros has no step
     worst = float(error.max())
     if not worst <= allowed:
         place = tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape))

@@ -120,10 +120,12 @@ def auto_quantize(
             opened, sample_images, say, image_required=image_required, plan=plan, examples=examples
         )
         with tempfile.TemporaryDirectory(prefix="pocketvlm-auto-") as scratch:
+            facts = onnx.on_disk(facts, Path(scratch))
+            opened.forget()
             search = _Search(facts, split, work, Path(scratch), max_drop, say)
             chosen = search.run()
             policy = dump(policy_of(chosen.setting), work / "policy.yaml")
-            onnx.write_bundles(facts, {str(policy): out}, {str(policy): name or out.name})
+            onnx.write_bundles(facts, {str(policy): out}, {str(policy): name or out.name}, Path(scratch))
             held_out = search.confirm(out)
         result = Result(
             bundle=out,

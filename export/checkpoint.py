@@ -42,7 +42,7 @@ class Checkpoint:
     def model_type(self) -> str:
         return str(self.config.model_type)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Distinct parameters: a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -51,6 +51,16 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of the sorted `HASH  NAME` lines of weights, configuration, tokenizer and template."""
         return checkpoint_sha256(self.path)
+
+    def forget(self) -> None:
+        """Free the weights; configuration, modules, buffers, processor and `parameters` stay."""
+        import torch
+
+        assert self.parameters  # counted while tied matrices are one
+        for module in self.model.modules():
+            for name, each in module._parameters.items():
+                if each is not None:
+                    module._parameters[name] = torch.nn.Parameter(each.to("meta"), requires_grad=False)
 
 
 def read_config(path: Path) -> dict[str, Any]:

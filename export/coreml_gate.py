@@ -1,6 +1,6 @@
 """The gate of Core ML bundles: the packages on disk, evaluated, must reproduce the checkpoint.
 
-In: packages just written, the checkpoint's reference session. Out: measured figures, or a ParityError that
+In: packages just written, what the checkpoint answers. Out: measured figures, or a ParityError that
 says what broke. Not here: the measuring (`evals/parity/parity.py`), the audit of compressed weights
 (`coreml_audit.py`), what all formats are shown (`gate_cases.py`).
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export import coreml_audit, gate, gate_turns
+from export import coreml_audit, gate
 from export.checkpoint import Checkpoint
 from export.coreml_parts import PREFILL, ROLES
 from export.coreml_policy import Policy
@@ -54,7 +54,7 @@ def check(
 
     `plain`: the packages before compression and their manifest, which passed; None when this one is it.
     """
-    assert facts.geometry is not None
+    assert facts.geometry is not None and facts.expected is not None
     gate.check_prompts(facts.checkpoint, staged, draft, facts.geometry)
     exact = plain is None
     figures: dict[str, float] = {}
@@ -67,14 +67,9 @@ def check(
         _check_rows(facts.checkpoint, _package(staged, draft, "embed_tokens"), policy)
     limits = list(FP32_LIMITS if policy.base == "float32" else FP16_LIMITS) if exact else []
     with GateSession.from_manifest(staged, draft, threads=1, max_context=draft.limits.context) as session:
-        result = gate._measure(facts.reference, session, facts.cases, limits, "checkpoint")
-        later = gate._check_later(
-            session,
-            facts.cases,
-            lambda talk: gate_turns.by_transformers(facts.reference, session, talk),
-            (LATER_FP16 if exact else _told(LATER_FP16), rms_error),
-            "checkpoint",
-        )
+        result = gate.measure(facts.expected.sides, session, facts.cases, limits, "checkpoint")
+        limit = LATER_FP16 if exact else _told(LATER_FP16)
+        later = gate.check_later(session, facts.expected.later, (limit, rms_error), "checkpoint")
     figures |= {limit.figure: got for limit, got in later.items()}
     held = [*limits, *(later if exact else ())]
     return Parity(

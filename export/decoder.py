@@ -24,6 +24,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import rewriter
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -354,4 +355,16 @@ def to_onnx(
         noisy.setLevel(level)
     assert program is not None
     program.model.ir_version = IR_VERSION
+    _let_go()
     return program.model
+
+
+def _let_go() -> None:
+    """onnxscript's rewrite rules hold the last graph that they saw, its weights too: show them another."""
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
+    node = ir.node("Identity", [value])
+    rewriter.rewrite(
+        ir.Model(
+            ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": OPSET}), ir_version=IR_VERSION
+        )
+    )

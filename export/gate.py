@@ -1,15 +1,16 @@
 """The gate: the written parts, run as a device runs them, must reproduce the checkpoint.
 
-In: a session over files just written, and the checkpoint's reference session. Out: measured figures, or a
-ParityError that says which figure broke which limit. Not here: the measuring (`evals/parity/parity.py`), the
-proof about rounded weights (`audit.py`), what is shown (`gate_cases.py`) and allowed (`gate_limits.py`).
+In: a session over files just written, and what the checkpoint answers (`gate_expected.py`). Out: measured
+figures, or a ParityError that says which figure broke which limit. Not here: the measuring
+(`evals/parity/parity.py`), the proof about rounded weights (`audit.py`), what is shown (`gate_cases.py`) and
+allowed (`gate_limits.py`).
 
 Order: prompt ids, pixels, image features, teacher-forced logits over prefill and decode steps, a conversation
 that goes on from its cache (`gate_turns.py`), rows of a batch (`gate_batch.py`), greedy text.
 float32 is held against transformers. A rounded bundle cannot be: correct int4 may be far from float32. It is
 held against its float twin (same weights, float arithmetic), whose only difference is rounded activations,
 after `audit.py` has proved that the weights are the checkpoint's, rounded. Ids and pixels are compared with
-the checkpoint's in every precision.
+the checkpoint's in every precision. The twin answers first and is closed before the bundle is opened.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
-from evals.parity.parity import NEAR_TIE, ParityCase, ParityResult, Steps, compare
-from evals.torch_session import TorchSession
+from evals.parity.parity import NEAR_TIE, ParityCase, ParityResult, Side, compare_sides, side
 from export import audit, gate_batch, gate_turns, proof, storage
 from export.calibrate import Calibration
 from export.checkpoint import Checkpoint
 from export.gate_cases import FORCED_STEPS, Once, make_cases, pictures
+from export.gate_expected import GREEDY_TOKENS, Expected, Greedy, row_marks
 from export.gate_limits import (
     BATCH_BLOCKS,
     BATCH_EXACT,
@@ -64,7 +66,6 @@ __all__ = [
     "reference_name",
 ]
 
-GREEDY_TOKENS = 16
 BATCH_STEPS = 3
 T = TypeVar("T")
 
@@ -81,8 +82,7 @@ def check_float(
     checkpoint: Checkpoint,
     staged: Path,
     draft: Manifest,
-    reference: TorchSession,
-    cases: Sequence[ParityCase],
+    expected: Expected,
     geometry: ImageSpec | None = None,
 ) -> Parity:
     """Hold the float32 parts in `staged` against the checkpoint. Raises ParityError (or BundleError).
@@ -90,20 +90,17 @@ def check_float(
     `geometry`: the image section that the checkpoint's processor follows, if the draft's brings pictures to
     one size; the prompt's segments are proved by it.
     """
-    _check_embedding_rows(checkpoint, staged, draft)
+    _check_embedding_rows(expected, staged, draft)
+    cases = expected.cases
     with GateSession.from_manifest(staged, draft, threads=1) as session:
         check_prompts(checkpoint, staged, draft, geometry or draft.image)
-        result = _measure(reference, session, cases, FP32_LIMITS, "checkpoint")
-        more = _check_later(
-            session,
-            cases,
-            lambda talk: gate_turns.by_transformers(reference, session, talk),
-            (LATER_FP32, rel_diff),
-            "checkpoint",
-        )
+        result = measure(expected.sides, session, cases, FP32_LIMITS, "checkpoint")
+        more = check_later(session, expected.later, (LATER_FP32, rel_diff), "checkpoint")
         more |= _check_batch(session, staged, draft, cases)
-        answers = [_check_greedy(reference, session, case) for case in cases]
-        _check_batch_answers(reference, session, cases, answers)
+        answers = [
+            _check_greedy(session, case, wanted) for case, wanted in zip(cases, expected.answers, strict=True)
+        ]
+        _check_batch_answers(session, cases, answers)
     return Parity(
         reference=reference_name(),
         cases=result.cases,
@@ -113,11 +110,11 @@ def check_float(
 
 
 def check_quantized(
+    checkpoint: Checkpoint,
     originals: Mapping[str, ir.Model],
     staged: Path,
     draft: Manifest,
-    reference: TorchSession,
-    cases: Sequence[ParityCase],
+    expected: Expected,
     scratch: Path,
     calibration: Calibration | None = None,
     twin_of: Callable[[ir.Model], audit.Twin] = audit.float_twin,
@@ -130,47 +127,24 @@ def check_quantized(
     rounding costs is for the accuracy evaluation to judge. Raises ParityError.
     """
     figures = {}
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        for role in originals:  # one twin at a time in memory: it has every weight in float32
+    cases = expected.cases
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        for role in originals:
             part = draft.part(role)
-            twin = twin_of(_read_part(staged, part.path))
-            figures[f"{role}_weight_error_steps"] = audit.same_but_rounded(
-                originals[role], twin, part.path, calibration
+            figures[f"{role}_weight_error_steps"] = _audited(
+                originals[role], staged, folder, part.path, calibration, twin_of
             )
-            path = Path(folder) / part.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            storage.save(twin.model, path, beside=True)
-            del twin
-            storage.release()
-        shutil.copyfile(staged / draft.tokenizer.file.path, Path(folder) / draft.tokenizer.file.path)
-        checkpoint = Checkpoint(reference.path, reference.model, reference.processor)
+        shutil.copyfile(staged / draft.tokenizer.file.path, folder / draft.tokenizer.file.path)
         check_prompts(checkpoint, staged, draft, geometry or draft.image)
-        with (
-            GateSession.from_manifest(Path(folder), audit.twin_manifest(draft), threads=1) as twin_session,
-            GateSession.from_manifest(staged, draft, threads=1) as session,
-        ):
-            against_twin = _measure(twin_session, session, cases, allowed, "float twin")
-            two = any(
-                part.role == "decoder_prefill" for part in draft.parts
-            )  # their weights differ by rounding
-            twin_logits = gate_turns.going_on if two else gate_turns.afresh
-            later = _check_later(
-                session,
-                cases,
-                lambda talk: twin_logits(twin_session, talk),
-                (LATER_ROUNDED, rms_error),
-                "float twin",
-            )
-            if not two:
-                _check_later(  # rounding would hide a token too few in the cache
-                    twin_session,
-                    cases,
-                    lambda talk: gate_turns.afresh(twin_session, talk),
-                    (LATER_FP32, rel_diff),
-                    "float twin afresh",
-                )
-            rows = _check_batch(session, staged, draft, cases)
-            result = _measure(reference, session, cases, (), "checkpoint")  # ids and pixels; the rest is told
+        twin_sides, twin_later = _run(lambda: _ask_twin(folder, draft, expected))
+    storage.release()
+    with GateSession.from_manifest(staged, draft, threads=1) as session:
+        sides = _run(lambda: [side(session, case) for case in cases])
+        result = measure(expected.sides, sides, cases, (), "checkpoint")  # ids and pixels; the rest is told
+        against_twin = measure(twin_sides, sides, cases, allowed, "float twin")
+        later = check_later(session, twin_later, (LATER_ROUNDED, rms_error), "float twin")
+        rows = _check_batch(session, staged, draft, cases)
     twin_figures = {f"twin_{key}": value for key, value in against_twin.figures().items()}
     twin_figures |= {f"twin_{limit.figure}": got for limit, got in later.items()}
     figures |= {limit.figure: got for limit, got in rows.items()}
@@ -182,6 +156,42 @@ def check_quantized(
         figures={**result.figures(), **twin_figures, **figures},
         limits=limits,
     )
+
+
+def _audited(
+    original: ir.Model,
+    staged: Path,
+    folder: Path,
+    path: str,
+    calibration: Calibration | None,
+    twin_of: Callable[[ir.Model], audit.Twin],
+) -> float:
+    """Prove one part, write its float twin into `folder`; the largest weight error, in grid steps."""
+    twin = twin_of(_read_part(staged, path))
+    found = audit.same_but_rounded(original, twin, path, calibration)
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    storage.save(twin.model, folder / path, beside=True)
+    del twin
+    storage.release()
+    return found
+
+
+def _ask_twin(
+    folder: Path, draft: Manifest, expected: Expected
+) -> tuple[list[Side], gate_turns.Later | None]:
+    """What the float twins answer to the cases and the conversation."""
+    two = any(part.role == "decoder_prefill" for part in draft.parts)  # their weights differ by rounding
+    with GateSession.from_manifest(folder, audit.twin_manifest(draft), threads=1) as twin:
+        sides = [side(twin, case) for case in expected.cases]
+        if (later := expected.later) is None:
+            return sides, None
+        gate_turns.check_ids(twin, later)
+        if two:
+            return sides, replace(later, logits=gate_turns.going_on(twin, later.talk))
+        afresh = replace(later, logits=gate_turns.afresh(twin, later.talk))
+        # rounding would hide a token too few in the cache
+        check_later(twin, afresh, (LATER_FP32, rel_diff), "float twin afresh")
+        return sides, afresh
 
 
 def _read_part(staged: Path, path: str) -> ir.Model:
@@ -197,27 +207,22 @@ def reference_name() -> str:
     return f"transformers {importlib.metadata.version('transformers')}, float32, teacher-forced"
 
 
-def _check_embedding_rows(checkpoint: Checkpoint, staged: Path, draft: Manifest) -> None:
+def _check_embedding_rows(expected: Expected, staged: Path, draft: Manifest) -> None:
     """Every row of the table, exactly: the cases use only a few ids, so the chain cannot see the others."""
     import onnxruntime
-    import torch
 
     part = draft.part("embed_tokens")
-    embed = checkpoint.model.get_input_embeddings()  # its rows may be scaled
-    count = len(embed.weight)
+    count = len(expected.rows)
     run = onnxruntime.InferenceSession(staged / part.path, providers=["CPUExecutionProvider"]).run
     length = part.inputs[0].shape[1]
     step = length if isinstance(length, int) else 8192
     for start in range(0, count, step):
         ids = np.arange(start, start + step) % count  # a graph of fixed shape takes no fewer
-        rows = run([part.outputs[0].name], {part.inputs[0].name: ids[None].astype(part.inputs[0].dtype)})[0][
-            0
-        ]
-        with torch.no_grad():
-            wanted = embed(torch.from_numpy(ids)).numpy()
-        if not np.array_equal(rows, wanted):
-            wrong = int(ids[(rows != wanted).any(axis=1)][0])
-            raise ParityError(f"gate: {part.path}: the embedding of id {wrong} is not the checkpoint's")
+        feeds = {part.inputs[0].name: ids[None].astype(part.inputs[0].dtype)}
+        rows = run([part.outputs[0].name], feeds)[0][0]
+        for token, mark in zip(ids, row_marks(rows), strict=True):
+            if mark != expected.rows[token]:
+                raise ParityError(f"gate: {part.path}: the embedding of id {token} is not the checkpoint's")
 
 
 def check_prompts(checkpoint: Checkpoint, staged: Path, draft: Manifest, image: ImageSpec) -> None:
@@ -226,15 +231,22 @@ def check_prompts(checkpoint: Checkpoint, staged: Path, draft: Manifest, image: 
     proof.prove(checkpoint, draft.prompt, tokenizer, lambda each: prepare(each, image), draft.limits.images)
 
 
-def _measure(
-    reference: Steps, session: Steps, cases: Sequence[ParityCase], limits: Sequence[Limit], against: str
+def measure(
+    reference: Sequence[Side],
+    candidate: Session | Sequence[Side],
+    cases: Sequence[ParityCase],
+    limits: Sequence[Limit],
+    against: str,
 ) -> ParityResult:
-    """Compare, judging case by case, so that the message can name the case."""
+    """Compare, judging case by case, so that the message can name the case. Raises ParityError."""
 
     def judge(case: ParityCase, result: ParityResult) -> None:
         _judge(result, limits, against, case.name)
 
-    return _run(lambda: compare(reference, session, cases, judge))
+    found: Iterable[Side] = (
+        (side(candidate, case) for case in cases) if isinstance(candidate, Session) else candidate
+    )
+    return _run(lambda: compare_sides(reference, found, cases, judge))
 
 
 def _run(step: Callable[[], T]) -> T:
@@ -261,19 +273,21 @@ def _judge(result: ParityResult, limits: Sequence[Limit], against: str, case: st
     hold(result.figures(), limits, case, against)
 
 
-def _check_later(
+def check_later(
     session: Session,
-    cases: Sequence[ParityCase],
-    wanted: Callable[[gate_turns.Conversation], Any],
+    wanted: gate_turns.Later | None,
     judged: tuple[Limit, Callable[[Any, Any], float]],
     against: str,
 ) -> Found:
-    """A conversation over one cache against the logits `wanted` of it; nothing for a bundle of one turn."""
-    limit, measure = judged
-    talk = gate_turns.choose(session, cases)
-    if talk is None:
+    """A conversation over one cache against logits of it; nothing for a bundle of one turn.
+
+    Raises ParityError when ids or logits differ.
+    """
+    limit, measured = judged
+    if wanted is None:
         return {}
-    found = {limit: measure(wanted(talk), _run(lambda: gate_turns.going_on(session, talk)))}
+    _run(lambda: gate_turns.check_ids(session, wanted))
+    found = {limit: measured(wanted.logits, _run(lambda: gate_turns.going_on(session, wanted.talk)))}
     hold({limit.figure: found[limit]}, [limit], "later turns", against)
     return found
 
@@ -296,36 +310,40 @@ def _check_batch(session: Session, staged: Path, draft: Manifest, cases: Sequenc
 
 
 def _check_batch_answers(
-    reference: TorchSession,
-    session: Session,
-    cases: Sequence[ParityCase],
-    answers: Sequence[Sequence[int]],
+    session: Session, cases: Sequence[ParityCase], answers: Sequence[Sequence[int]]
 ) -> None:
     """What is asked side by side is answered as one by one."""
     options = GenerationOptions(max_new_tokens=GREEDY_TOKENS)
     found = _run(lambda: session.ask_batch([(case.image, case.question) for case in cases], options))
     for case, answer, wanted in zip(cases, found, answers, strict=True):
-        _same_answer(reference, case, answer.token_ids, wanted, "those of it alone")
+        if not _same(answer.token_ids, wanted, lambda place: _near_tie(session, case, wanted[:place])):  # noqa: B023
+            _differs(case, answer.token_ids, wanted, "those of it alone")
 
 
-def _check_greedy(reference: TorchSession, session: Session, case: ParityCase) -> list[int]:
+def _check_greedy(session: Session, case: ParityCase, wanted: Greedy) -> list[int]:
     """The bundle's text equals the checkpoint's, token by token; returns its ids."""
-    options = GenerationOptions(max_new_tokens=GREEDY_TOKENS)
-    got = session.ask(case.image, case.question, options).token_ids
-    wanted = reference.generate(case.image, case.question, GREEDY_TOKENS)
-    _same_answer(reference, case, got, wanted, "the checkpoint's")
+    got = session.ask(case.image, case.question, GenerationOptions(max_new_tokens=GREEDY_TOKENS)).token_ids
+    if not _same(got, wanted.ids, wanted.near_tie):
+        _differs(case, got, wanted.ids, "the checkpoint's")
     return got
 
 
-def _same_answer(
-    reference: TorchSession, case: ParityCase, got: Sequence[int], wanted: Sequence[int], whose: str
-) -> None:
-    """Equal ids; a place where the two best logits differ by less than 1e-4 ends the comparison."""
+def _same(got: Sequence[int], wanted: Sequence[int], near_tie: Callable[[int], bool]) -> bool:
+    """Whether answers are equal, or part at a place where either token may be chosen."""
     if list(got) == list(wanted):
-        return
+        return True
     place = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
-    if place is not None and reference.margin(case.image, case.question, wanted[:place]) < NEAR_TIE:
-        return
+    return place is not None and near_tie(place)
+
+
+def _near_tie(session: Session, case: ParityCase, tokens: Sequence[int]) -> bool:
+    """Whether the session's two best logits after `tokens` are so near that either may be chosen."""
+    forced = ParityCase(case.name, case.question, case.image, tuple(tokens))
+    low, high = np.sort(side(session, forced).logits[-1])[-2:]
+    return bool(high - low < NEAR_TIE)
+
+
+def _differs(case: ParityCase, got: Sequence[int], wanted: Sequence[int], whose: str) -> NoReturn:
     raise ParityError(
         f"gate: case {case.name!r}: greedy tokens {list(got)} differ from {whose} {list(wanted)}; "
         "a part is wrong, no bundle was written"

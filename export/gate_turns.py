@@ -6,7 +6,7 @@ tokens forced behind the last. Not here: what difference is allowed (`gate_limit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from export.prompts import Message
 from runtime.answer import Turn
 from runtime.errors import ParityError
 from runtime.image import ImageInput
+from runtime.prompt_spec import PromptSpec
 from runtime.session import Session
 
 Floats = NDArray[np.float32]
@@ -45,17 +46,34 @@ class Conversation:
         return found
 
 
-def choose(session: Session, cases: Sequence[ParityCase]) -> Conversation | None:
-    """Three turns, the last with another picture if the bundle takes one; None if the context ends before."""
-    later, images = session.manifest.prompt.later, session.manifest.limits.images
+@dataclass(frozen=True)
+class Later:
+    """A conversation as the checkpoint has it: ids after each question, logits (turns + forced, vocab)."""
+
+    talk: Conversation
+    prompts: tuple[tuple[int, ...], ...]
+    logits: Floats
+
+
+def choose(
+    prompt: PromptSpec,
+    images: int,
+    context: int,
+    cases: Sequence[ParityCase],
+    length: Callable[[Conversation], int],
+) -> Conversation | None:
+    """Three turns, the last with another picture if the bundle takes one; None if the context ends before.
+
+    `length`: tokens up to the last question's answer.
+    """
     shown = [tuple(case.images) for case in cases if len(case.images) == 1]
-    if later is None or not shown:
+    if prompt.later is None or not shown:
         return None
-    another = shown[2 % len(shown)] if later.user is not None and images > 1 else ()
+    another = shown[2 % len(shown)] if prompt.later.user is not None and images > 1 else ()
     forced = cases[0].forced[:FORCED_STEPS]
     for shape in ((shown[1 % len(shown)], (), another), (shown[-1], ())):
         found = Conversation(proof.QUESTIONS[: len(shape)], shape, proof.ANSWERS[: len(shape) - 1], forced)
-        if len(_prompts(session, found)[-1][0]) + len(forced) <= session.max_context:
+        if length(found) + len(forced) <= context:
             return found
     return None
 
@@ -110,21 +128,24 @@ def afresh(session: Session, conversation: Conversation) -> Floats:
     return np.stack(rows)
 
 
-def by_transformers(reference: TorchSession, session: Session, conversation: Conversation) -> Floats:
-    """The same logits from one pass of the checkpoint's own model over the whole conversation.
+def check_ids(session: Session, later: Later) -> None:
+    """Raises ParityError when the ids of the session's prompts are not the chat template's."""
+    found = [ids.tolist() for ids, _ in _prompts(session, later.talk)]
+    if found != [list(ids) for ids in later.prompts]:
+        raise ParityError("gate: the ids of a conversation are not the chat template's; wrong later segments")
 
-    Raises ParityError when the ids of the session's prompts are not the chat template's.
-    """
+
+def template_ids(reference: TorchSession, conversation: Conversation) -> list[list[int]]:
+    """Ids of the whole conversation after each question, by the chat template."""
+    return [_template(reference, conversation, n)["input_ids"][0].tolist() for n in _turns(conversation)]
+
+
+def by_transformers(reference: TorchSession, conversation: Conversation) -> Later:
+    """The same logits from one pass of the checkpoint's own model over the whole conversation."""
     import torch
 
-    prompts_ids = [ids for ids, _ in _prompts(session, conversation)]
-    messages = prompts.conversation(conversation.messages(reference))
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    with quiet_transformers():
-        found = dict(reference.processor.apply_chat_template(messages, **options))
-    ids = found["input_ids"]
-    if ids[0].tolist() != prompts_ids[-1].tolist():
-        raise ParityError("gate: the ids of a conversation are not the chat template's; wrong later segments")
+    ids = template_ids(reference, conversation)
+    found = _template(reference, conversation, _turns(conversation)[-1])
     forced = torch.tensor([list(conversation.forced)])
     for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in found:
@@ -133,8 +154,20 @@ def by_transformers(reference: TorchSession, session: Session, conversation: Con
     for module in reference.model.modules():
         if hasattr(module, "rope_deltas"):  # of another prompt
             module.rope_deltas = None
-    total = ids.shape[1]
-    places = [len(each) - 1 for each in prompts_ids] + list(range(total, total + len(conversation.forced)))
+    total = len(ids[-1])
+    places = [len(each) - 1 for each in ids] + list(range(total, total + len(conversation.forced)))
     with torch.no_grad():
         out = reference.model(**found, use_cache=False, logits_to_keep=torch.tensor(places))
-    return out.logits[0].float().numpy()
+    return Later(conversation, tuple(map(tuple, ids)), out.logits[0].float().numpy())
+
+
+def _turns(conversation: Conversation) -> range:
+    return range(len(conversation.questions))
+
+
+def _template(reference: TorchSession, conversation: Conversation, last: int) -> dict[str, Any]:
+    """What the checkpoint's processor makes of the conversation up to question `last`."""
+    messages = prompts.conversation(conversation.messages(reference)[: 2 * last + 1])
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    with quiet_transformers():
+        return dict(reference.processor.apply_chat_template(messages, **options))

@@ -157,7 +157,7 @@ def export_onnx(
 
 
 def on_disk(facts: Facts, scratch: Path) -> Facts:
-    """The facts with graphs whose weights lie in files in `scratch`; what the tracer made can then be freed."""
+    """The facts with graphs whose weights lie in files in `scratch`, so that those in memory can be freed."""
     plain = scratch / PLAIN
     write_files(facts, plain, facts.graphs, beside=True)
     graphs = {role: storage.mapped(plain / _part_path(role, model)) for role, model in facts.graphs.items()}

@@ -7,15 +7,12 @@ gets what (`quantize.py`), float16 (`quantize_fp16.py`), calibrated blocks (`gpt
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from export import storage
 from export.passes import add_initializer, constant
 
 ACCURACY_LEVEL = 4  # activations rounded to int8 per block: the fast CPU kernel
@@ -47,50 +44,105 @@ def rows_to_int8(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 
 def matmul_to_int8(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """Weights to symmetric int8 per output channel, activations to uint8 per tensor at run time."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """Weights to symmetric int8 per output channel, activations to uint8 per tensor at run time.
 
-    with tempfile.TemporaryDirectory() as folder, _quiet_root():
-        source, target = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
-        proto = ir.to_proto(model)
-        del proto.graph.value_info[:]
-        large = len(storage.save(ir.from_proto(proto), source)) > 1
-        del proto
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=list(names),
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=large,
-            # custom operators stop its shape inference, so it must be told what their outputs are
-            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+    The nodes that onnxruntime's `quantize_dynamic` writes, and its numbers, one weight after the other: that
+    quantizer holds the whole part several times in memory.
+    """
+    wanted, graph = set(names), model.graph
+    rounded: dict[int, ir.Node] = {}  # one DynamicQuantizeLinear for all that read the same activations
+    for node in [n for n in graph if n.name in wanted]:
+        source, table = node.inputs
+        assert source is not None and table is not None
+        if id(source) not in rounded:
+            rounded[id(source)] = ir.node(
+                "DynamicQuantizeLinear", [source], num_outputs=3, name=f"{source.name}_QuantizeLinear"
+            )
+            graph.insert_before(node, rounded[id(source)])
+        activations, scale, zero = rounded[id(source)].outputs
+        weight = _columns(graph, table)
+        factor = ir.node("Mul", [scale, weight[1]], name=f"{node.name}_quant_scales_mul")
+        product = ir.node(
+            "MatMulInteger", [activations, weight[0], zero, weight[2]], name=f"{node.name}_quant"
         )
-        found = ir.from_proto(onnx.load(target))
-    found.ir_version = model.ir_version
-    return found
+        cast = ir.node(
+            "Cast", [product.outputs[0]], attributes={"to": ir.DataType.FLOAT}, name=f"{node.name}_quant_cast"
+        )
+        scaled = ir.node(
+            "Mul", [cast.outputs[0], factor.outputs[0]], name=f"{node.name}_quant_output_scale_mul"
+        )
+        graph.insert_before(node, [factor, product, cast, scaled])
+        swap_output(graph, node, scaled)
+        drop_unused_weights(model)  # the float one
+    return model
+
+
+def _columns(graph: ir.Graph, table: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """A weight (K, N) as int8, its scales (N,) and zero points (N,); made once for all that read it."""
+    named = [f"{table.name}_{part}" for part in ("quantized", "scale", "zero_point")]
+    if named[0] not in graph.initializers:
+        weight = constant(table)
+        assert weight is not None
+        scale = np.abs(weight).max(axis=0) / np.float32(127)
+        scale[scale < np.finfo(np.float32).tiny] = 1.0  # a column of zeros
+        levels = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+        for name, array in zip(named, (levels, scale, np.zeros(len(scale), np.int8)), strict=True):
+            add_initializer(graph, name, array)
+    found = [graph.initializers[name] for name in named]
+    return found[0], found[1], found[2]
 
 
 def matmul_to_blocks(model: ir.Model, names: Iterable[str], bits: int, size: int) -> ir.Model:
     """`com.microsoft::MatMulNBits`: symmetric blocks of `size` along the input width, rounded to nearest."""
+    wanted, graph = set(names), model.graph
+    for node in [n for n in graph if n.name in wanted]:
+        source, table = node.inputs
+        assert table is not None
+        alone = _blocks_of(str(node.name), str(table.name), constant(table), bits, size)
+        (made,) = alone.graph.node
+        stored = [ir.from_proto(each) for each in alone.graph.initializer]
+        found = {str(each.name): each for each in stored}
+        weights = [
+            graph.initializers.get(name) or add_initializer(graph, name, found[name].numpy())
+            for name in made.input[1:]
+        ]
+        attributes = {each.name: onnx.helper.get_attribute_value(each) for each in made.attribute}
+        new = ir.node(
+            made.op_type, [source, *weights], attributes=attributes, domain=made.domain, name=made.name
+        )
+        graph.insert_before(node, new)
+        swap_output(graph, node, new)
+        drop_unused_weights(model)  # the float one
+    graph.opset_imports.setdefault("com.microsoft", 1)
+    return model
+
+
+def _blocks_of(name: str, weight: str, array: np.ndarray | None, bits: int, size: int) -> onnx.ModelProto:
+    """A model of one MatMul after onnxruntime's quantizer, which copies whole models that it is given."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    wanted = set(names)
+    assert array is not None
+    borders = [
+        onnx.helper.make_tensor_value_info(side, onnx.TensorProto.FLOAT, ["rows", width])
+        for side, width in zip(("x", "y"), array.shape, strict=True)
+    ]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", weight], ["y"], name=name)],
+        "one",
+        borders[:1],
+        borders[1:],
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(array), weight)],
+    )
     with _quiet_root():
         quantizer = MatMulNBitsQuantizer(
-            ir.to_proto(model),
+            onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]),
             bits=bits,
             block_size=size,
             is_symmetric=True,
             accuracy_level=ACCURACY_LEVEL,
-            # its own `nodes_to_include` only adds to all the MatMuls that it takes anyway
-            nodes_to_exclude=[str(n.name) for n in model.graph if n.name not in wanted],
         )
         quantizer.process()
-    found = ir.from_proto(quantizer.model.model)
-    found.ir_version = model.ir_version
-    return found
+    return quantizer.model.model
 
 
 def cache_to_int8(model: ir.Model, names: Iterable[str], scales: Mapping[str, np.ndarray]) -> ir.Model:

@@ -144,9 +144,7 @@ def _part(staged: Path, role: str) -> Part:
 
 def check_float(facts: Facts, staged: Path, found: Manifest) -> Parity:
     """The float parts against the checkpoint."""
-    return gate.check_float(
-        facts.checkpoint, staged, found, facts.reference, facts.cases, geometry=facts.geometry
-    )
+    return gate.check_float(facts.checkpoint, staged, found, onnx.expected_of(facts), geometry=facts.geometry)
 
 
 def _limits(precision: str) -> Sequence[gate.Limit]:
@@ -162,11 +160,11 @@ def _limits(precision: str) -> Sequence[gate.Limit]:
 
 def _check_rounded(facts: Facts, staged: Path, found: Manifest, scratch: Path) -> Parity:
     return gate.check_quantized(
+        facts.checkpoint,
         facts.graphs,
         staged,
         found,
-        facts.reference,
-        facts.cases,
+        onnx.expected_of(facts),
         scratch,
         twin_of=static_qdq.float_twin,
         geometry=facts.geometry,

@@ -296,7 +296,7 @@ def _weight_to_float(graph: ir.Graph, node: ir.Node, stored: NDArray[Any], steps
     shift = np.zeros((), np.float32) if zero is None else zero.astype(np.float32)
     value = ((stored.astype(np.float32) - shift) * scale).astype(np.float32)
     name = f"{node.outputs[0].name}.float"
-    steps[name] = (np.broadcast_to(np.abs(scale), value.shape), audit.ROUNDING)
+    steps[name] = (lambda: np.broadcast_to(np.abs(scale), stored.shape), audit.ROUNDING)
     _replace(node.outputs[0], add_initializer(graph, name, value))
 
 

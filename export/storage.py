@@ -12,9 +12,12 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import mmap
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from runtime.errors import CheckpointError
@@ -69,9 +72,40 @@ def as_from_file(model: ir.Model) -> ir.Model:
     return found
 
 
+def mapped(path: Path) -> ir.Model:
+    """The model that `save(..., beside=True)` wrote to `path`, with its weights read from the disk when used.
+
+    The files may be deleted meanwhile, where the system allows that for what is open.
+    """
+    model = ir.load(path)
+    files: dict[str, mmap.mmap] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if tensor.path not in files:
+            with Path(tensor.path).open("rb") as file:
+                files[tensor.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            _MAPPED.add(files[tensor.path])
+        kind = tensor.dtype.numpy()
+        data = np.frombuffer(files[tensor.path], kind, tensor.nbytes // kind.itemsize, tensor.offset or 0)
+        value.const_value = ir.Tensor(data.reshape(tensor.shape.numpy()), name=name)
+    return model
+
+
+_MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
 def release() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc keeps a gigabyte)."""
-    gc.collect()
+    """Give memory that was freed back to the system, where the C library can (glibc keeps a gigabyte).
+
+    Pages of mapped weights leave this process, too; they are read again when they are used.
+    """
+    while gc.collect():  # what torch holds of a freed cycle is garbage only then
+        pass
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for each in _MAPPED:
+            each.madvise(mmap.MADV_DONTNEED)
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -160,7 +194,7 @@ def _elsewhere(tensor: ir.TensorProtocol, name: str, path: Path, offset: int) ->
         offset,
         int(tensor.nbytes),
         tensor.dtype,
-        shape=ir.Shape([int(size) for size in tensor.numpy().shape]),
+        shape=ir.Shape([int(size) for size in tensor.shape]),  # type: ignore[arg-type]
         name=name,
         base_dir=str(path.parent),
     )

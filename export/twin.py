@@ -2,10 +2,15 @@
 
 In: a quantized model. Out: a `Twin`, with the grid of every rounded weight. Not here: whether it is the
 checkpoint's (`audit.py`), running it (`gate.py`).
+
+Weights and grids are computed when they are looked at and not kept: in float32 all of them together take four
+to eight times what the quantized part takes.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from export import storage
-from export.passes import add_initializer, constant, producer
+from export.passes import constant, producer
 from export.quantize_facts import GPTQ
 from export.quantize_fp16 import HALF, SINGLE
 from export.quantize_schemes import KEY_SCALE, VALUE_SCALE, swap_output
@@ -27,7 +32,8 @@ ROUNDING = 0.5 + 1e-3
 _CLIPPED = 1.0 + 1e-3
 """ORT's symmetric grids (-8..7) have the largest weight on -8: one of the other sign is clipped."""
 
-Steps = dict[str, tuple[np.ndarray, float]]
+Made = Callable[[], np.ndarray]
+Steps = dict[str, tuple[Made, float]]
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,9 @@ def _halves_to_float(graph: ir.Graph, steps: Steps) -> None:
         array = constant(value)
         if array is None or array.dtype != np.float16:
             continue
-        single = add_initializer(graph, f"{name}.float", array.astype(np.float32))
+        single = _weight(graph, f"{name}.float", array.shape, functools.partial(array.astype, np.float32))
         value.replace_all_uses_with(single)
-        steps[f"{name}.float"] = (np.spacing(np.abs(array)).astype(np.float32), ROUNDING)
+        steps[f"{name}.float"] = (functools.partial(_half_steps, array), ROUNDING)
     for node in list(graph):
         for output in node.outputs:
             if output.dtype == ir.DataType.FLOAT16:
@@ -131,18 +137,27 @@ def _blocks_to_float(graph: ir.Graph, node: ir.Node, twin: Twin) -> None:
     if packed is None or scales is None or len(node.inputs) > 3:
         raise ParityError(f"{node.name}: MatMulNBits without constant symmetric blocks; re-export")
     width, columns, block, bits = (node.attributes[key].as_int() for key in ("K", "N", "block_size", "bits"))
-    if bits == 4:
-        packed = np.stack([packed & 15, packed >> 4], axis=-1)
-    grid = packed.reshape(columns, -1, block).astype(np.float32) - 2.0 ** (bits - 1)
     scale = scales.reshape(columns, -1, 1)
-    weight = (grid * scale).reshape(columns, -1)[:, :width].T
-    step = np.broadcast_to(np.abs(scale), grid.shape).reshape(columns, -1)[:, :width].T
+
+    def levels() -> np.ndarray:
+        stored = np.stack([packed & 15, packed >> 4], axis=-1) if bits == 4 else packed
+        grid = stored.reshape(columns, -1, block).astype(np.float32)
+        grid -= 2.0 ** (bits - 1)
+        return grid
+
+    def flat(blocks: np.ndarray) -> np.ndarray:
+        return blocks.reshape(columns, -1)[:, :width].T
+
+    def step() -> np.ndarray:
+        return flat(np.broadcast_to(np.abs(scale), (columns, scale.shape[1], block)))
+
     if str(node.name).endswith(GPTQ):
         twin.calibrated[f"{node.name}.float.weight"] = (str(node.name).removesuffix(GPTQ), block)
     half = node.inputs[2] is not None and str(node.inputs[2].name).endswith(f"{HALF}.float")
     # a scale that is off by half a float16 step (2^-11) moves the outermost level by so many grid steps
     moved = 2.0 ** (bits - 1) * 2.0**-11 if half else 0.0
-    _replace(graph, node, "MatMul", [node.inputs[0]], weight, (step, _CLIPPED + moved), twin.steps)
+    weight = _Weight((width, columns), lambda: flat(levels() * scale), step, _CLIPPED + moved)
+    _replace(graph, node, "MatMul", [node.inputs[0]], weight, twin.steps)
 
 
 def _dynamic_to_float(graph: ir.Graph, node: ir.Node, steps: Steps) -> None:
@@ -159,9 +174,13 @@ def _dynamic_to_float(graph: ir.Graph, node: ir.Node, steps: Steps) -> None:
     if factor is None or scale is None or dynamic.outputs[1] not in factor.inputs:
         raise ParityError(f"{node.name}: MatMulInteger without the scales of its own input; re-export")
     shift = np.zeros(1) if zero is None else zero.astype(np.float32)
-    dequantized = (weight.astype(np.float32) - shift) * scale
-    step = np.broadcast_to(np.abs(scale), dequantized.shape)
-    _replace(graph, last, "MatMul", [dynamic.inputs[0]], dequantized, (step, ROUNDING), steps)
+    made = _Weight(
+        weight.shape,
+        lambda: (weight.astype(np.float32) - shift) * scale,
+        lambda: np.broadcast_to(np.abs(scale), weight.shape),
+        ROUNDING,
+    )
+    _replace(graph, last, "MatMul", [dynamic.inputs[0]], made, steps)
 
 
 def _rows_to_float(graph: ir.Graph, node: ir.Node, steps: Steps) -> None:
@@ -175,27 +194,48 @@ def _rows_to_float(graph: ir.Graph, node: ir.Node, steps: Steps) -> None:
     scale = constant(factor.inputs[0]) if factor is not None else None
     if product is None or factor is None or scale is None or factor.inputs[1] is not node.inputs[1]:
         raise ParityError(f"{node.name}: int8 rows without the scales of the same rows; re-export")
-    step = np.broadcast_to(np.abs(scale), rows.shape)
-    weight = rows.astype(np.float32) * scale
     name = f"{product.name}.float"
-    table = add_initializer(graph, f"{name}.weight", weight)
-    steps[f"{name}.weight"] = (step, ROUNDING)
+    table = _weight(graph, f"{name}.weight", rows.shape, lambda: rows.astype(np.float32) * scale)
+    steps[f"{name}.weight"] = (lambda: np.broadcast_to(np.abs(scale), rows.shape), ROUNDING)
     _swap(graph, product, ir.node("Gather", [table, node.inputs[1]], attributes={"axis": 0}, name=name))
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """Float32 values, the step of their grid at each, and steps allowed."""
+
+    shape: Sequence[int]
+    values: Made
+    step: Made
+    allowed: float
+
+
 def _replace(
-    graph: ir.Graph,
-    node: ir.Node,
-    op_type: str,
-    inputs: list[ir.Value | None],
-    weight: np.ndarray,
-    step: tuple[np.ndarray, float],
-    steps: Steps,
+    graph: ir.Graph, node: ir.Node, op_type: str, inputs: list[ir.Value | None], weight: _Weight, steps: Steps
 ) -> None:
     name = f"{node.name}.float"
-    value = add_initializer(graph, f"{name}.weight", np.ascontiguousarray(weight, dtype=np.float32))
-    steps[f"{name}.weight"] = step
+    value = _weight(graph, f"{name}.weight", weight.shape, weight.values)
+    steps[f"{name}.weight"] = (weight.step, weight.allowed)
     _swap(graph, node, ir.node(op_type, [*inputs, value], name=name))
+
+
+def _weight(graph: ir.Graph, name: str, shape: Sequence[int], values: Made) -> ir.Value:
+    """An initializer of float32 whose `values` are made whenever they are read."""
+
+    def tensor() -> ir.Tensor:
+        found = np.ascontiguousarray(values(), dtype=np.float32)
+        return ir.Tensor(found.reshape(shape), name=name)  # a scalar stays one
+
+    sizes = ir.Shape([int(size) for size in shape])
+    made = ir.LazyTensor(tensor, ir.DataType.FLOAT, sizes, name=name)
+    value = ir.Value(name=name, const_value=made, shape=sizes, type=ir.TensorType(ir.DataType.FLOAT))
+    graph.register_initializer(value)
+    return value
+
+
+def _half_steps(array: np.ndarray) -> np.ndarray:
+    """Distance to the next float16 number at each value."""
+    return np.spacing(np.abs(array)).astype(np.float32)
 
 
 def _swap(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:

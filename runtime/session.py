@@ -355,10 +355,15 @@ def context_of(manifest: Manifest, asked: int | None) -> int:
     """
     most = manifest.limits.context
     if asked is None:
-        return min(most, max(DEFAULT_CONTEXT, manifest.image.max_tokens + TEXT_ROOM))
+        return usual_context(most, manifest.image.max_tokens)
     if not 1 <= asked <= most:
         raise InputError(f"max_context: got {asked}, this bundle takes 1 to {most} tokens")
     return asked
+
+
+def usual_context(most: int, image_tokens: int) -> int:
+    """Tokens of a session of a model that takes `most`, when nobody says how many."""
+    return min(most, max(DEFAULT_CONTEXT, image_tokens + TEXT_ROOM))
 
 
 def open_bundle(

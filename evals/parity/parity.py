@@ -9,7 +9,7 @@ with the same tokens forced on both sides, over the prefill and every decode ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -113,36 +113,50 @@ def compare(
 
     `judge` sees the result of each case alone as soon as it is there, and may raise.
     """
+    left = (side(reference, case) for case in cases)
+    right = (side(candidate, case) for case in cases)
+    return compare_sides(left, right, cases, judge)
+
+
+def compare_sides(
+    reference: Iterable[Side],
+    candidate: Iterable[Side],
+    cases: Sequence[ParityCase],
+    judge: Callable[[ParityCase, ParityResult], None] | None = None,
+) -> ParityResult:
+    """As `compare`, on what each session gave for each case (`side`): they need not be there any more."""
     found = _Differences()
-    for case in cases:
-        sides = [_side(session, case) for session in (reference, candidate)]
-        found.add(*sides)
+    for case, left, right in zip(cases, reference, candidate, strict=True):
+        found.add(left, right)
         if judge is not None:
             alone = _Differences()
-            alone.add(*sides)
+            alone.add(left, right)
             judge(case, alone.result())
     return found.result()
 
 
 @dataclass(frozen=True)
-class _Side:
-    pixels: list[NDArray[Any]]  # of each picture, all views, flat
+class Side:
+    """What a session gave for a case."""
+
+    pixels: list[list[NDArray[Any]]]  # of each picture, its views as the format shapes them
     ids: NDArray[np.int64]
     features: list[NDArray[Any]]  # of each picture, deepstack behind
     logits: Floats
 
 
-def _side(session: Steps, case: ParityCase) -> _Side:
+def side(session: Steps, case: ParityCase) -> Side:
+    """Everything of a case that is compared: pixels, ids, features, logits."""
     prepared = [session.prepare(each) for each in case.images]
     ids = session.prompt_ids(case.question, prepared)
     features = [session.encode_image(each) for each in prepared]
     logits = forced_logits(session, ids, features, case.forced)
-    return _Side([_pixels(each) for each in prepared], ids, [_features(each) for each in features], logits)
+    return Side([list(each.pixels) for each in prepared], ids, [_features(each) for each in features], logits)
 
 
-def _pixels(prepared: Any) -> NDArray[Any]:
+def _flat(views: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """All views' pixels in their order; how a view's tensor is shaped is the format's matter."""
-    return np.concatenate([np.asarray(view).ravel() for view in prepared.pixels])
+    return np.concatenate([np.asarray(view).ravel() for view in views])
 
 
 def _features(features: Any) -> NDArray[Any]:
@@ -161,11 +175,11 @@ class _Differences:
         self.candidate: list[Floats] = []
         self.cases = 0
 
-    def add(self, left: _Side, right: _Side) -> None:
+    def add(self, left: Side, right: Side) -> None:
         self.cases += 1
         self.ids_equal &= left.ids.tolist() == right.ids.tolist()
-        for ours, theirs in zip(left.pixels, right.pixels, strict=True):
-            self.pixel.append(_max_diff(ours, theirs))
+        for our_views, their_views in zip(left.pixels, right.pixels, strict=True):
+            self.pixel.append(_max_diff(_flat(our_views), _flat(their_views)))
         for ours, theirs in zip(left.features, right.features, strict=True):
             self.feature.append(_max_diff(ours, theirs) / max(_peak(ours), 1e-30))
             self.feature_rms.append(_rms_error(ours, theirs))

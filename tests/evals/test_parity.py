@@ -163,9 +163,14 @@ def test_complete_answers_from_features(session: TorchSession) -> None:
     assert answer.token_ids == session.ask(_picture(), "what color?", options).token_ids
 
 
-def test_margin_is_the_lead_of_the_best_token(session: TorchSession) -> None:
-    tokens = session.generate(_picture(), "what color?", 3)
-    assert session.margin(_picture(), "what color?", tokens[:2]) > 0
+def test_margins_are_the_leads_of_the_best_tokens(session: TorchSession) -> None:
+    tokens, margins = session.greedy(_picture(), "what color?", 3)
+    prepared = session.prepare(_picture())
+    logits = session.prefill(session.prompt_ids("what color?", [prepared]), [session.encode_image(prepared)])
+    for token, margin in zip(tokens, margins, strict=True):
+        low, high = np.sort(logits)[-2:]
+        assert np.argmax(logits) == token and abs(high - low - margin) < 1e-5
+        logits = session.decode(token)
 
 
 def test_wrong_use_gives_one_line(session: TorchSession, tmp_path: Path) -> None:

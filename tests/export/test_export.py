@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from PIL import Image
 import export
 import runtime
 from distill import fresh
-from export import gate, onnx, target
-from export.checkpoint import load, read_config
+from export import checkpoint, gate, onnx, target
+from export.checkpoint import Checkpoint, load, read_config
 from export.families import FAMILIES, family_of
 from runtime import bundle, conformance, files
 from runtime.errors import CheckpointError, InputError, ParityError, PocketError, StateError
+from runtime.manifest import Parity
 from tests.checkpoints import RECIPE, smolvlm_config
 from tests.export.conftest import Exported
 
@@ -125,6 +127,33 @@ def test_a_failing_gate_leaves_the_old_bundle(
         onnx.build(exported.facts, staged, "fp32", "student", tmp_path)
     assert (out / bundle.MANIFEST_NAME).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_the_checkpoints_weights_are_freed_before_a_bundle_is_judged(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the model nor the tracer nor the graphs hold them: an export's memory is bounded by that."""
+    alive: list[weakref.ref[Any]] = []
+    loaded: list[Checkpoint] = []
+    seen: list[list[str]] = []
+    judge = gate.check_float
+
+    def load(path: Path) -> Checkpoint:
+        loaded.append(checkpoint.load(path))
+        alive.extend(weakref.ref(parameter) for parameter in loaded[0].model.parameters())
+        return loaded[0]
+
+    def look(*arguments: Any) -> Parity:
+        seen.append([str(tuple(each.shape)) for one in alive if (each := one()) is not None])
+        return judge(*arguments)
+
+    monkeypatch.setattr(onnx, "load", load)
+    monkeypatch.setattr(gate, "check_float", look)
+    export.export_checkpoint(tiny_checkpoint, tmp_path / "student", precision="int8")
+    assert alive and seen == [[]]
+    whole = checkpoint.load(tiny_checkpoint)
+    assert loaded[0].parameters == whole.parameters  # a tied matrix once, although the ties are gone
+    assert bundle.read(tmp_path / "student").source.parameters == whole.parameters
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def exported(request: pytest.FixtureRequest) -> Exported:
 def judge(exported: Exported, precision: str, manifest: Manifest) -> object:
     facts, directory = exported.facts, exported.bundles[precision]
     if precision == "fp32":
-        return gate.check_float(facts.checkpoint, directory, manifest, facts.reference, facts.cases)
+        return gate.check_float(facts.checkpoint, directory, manifest, onnx.expected_of(facts))
     return gate.check_quantized(
-        facts.graphs, directory, manifest, facts.reference, facts.cases, exported.scratch
+        facts.checkpoint, facts.graphs, directory, manifest, onnx.expected_of(facts), exported.scratch
     )
 
 
@@ -212,9 +212,10 @@ def test_the_written_parts_pass_the_gate(exported: Exported, precision: str) -> 
 
 
 def test_the_conversation_has_three_turns_and_two_pictures(grid: Exported) -> None:
+    later = onnx.expected_of(grid.facts).later
+    assert later is not None
+    talk = later.talk
     with Session.from_manifest(grid.bundles["fp32"], grid.manifest("fp32"), threads=1) as session:
-        talk = gate_turns.choose(session, grid.facts.cases)
-        assert talk is not None
         assert [len(shown) for shown in talk.pictures] == [1, 0, 1] and len(talk.answers) == 2
         going_on = gate_turns.going_on(session, talk)
         assert session._sequence.reused > 60  # of the prompt of the last turn

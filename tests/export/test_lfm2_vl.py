@@ -204,7 +204,7 @@ def test_the_gate_sees_a_wrong_convolution(lfm2: Exported, tmp_path: Path, damag
     onnx.write_files(facts, tmp_path, {**facts.graphs, "decoder": model})
     draft = onnx.draft_manifest(facts, tmp_path, "fp32", "damaged")
     with pytest.raises(ParityError, match="logit_rel_diff"):
-        gate.check_float(facts.checkpoint, tmp_path, draft, facts.reference, facts.cases)
+        gate.check_float(facts.checkpoint, tmp_path, draft, onnx.expected_of(facts))
 
 
 # --- vision -----------------------------------------------------------

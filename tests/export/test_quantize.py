@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnxruntime import quantization
 
 from export import audit, calibrate, gptq, passes, quantize, storage
 from export.quantize import Rule
@@ -98,6 +101,35 @@ def test_calibrated_schemes_need_a_calibration() -> None:
     assert quantize.weight_bits(vision)[0].scheme == "int4-block32"
 
 
+def test_dynamic_int8_is_what_onnxruntimes_quantizer_writes(tmp_path: Path) -> None:
+    """Its numbers to the last bit, a column of zeros among them, and its answers."""
+    weight = RANDOM.standard_normal((70, 48))
+    weight[:, 5] = 0
+    model = chain(weight, RANDOM.standard_normal((48, 8)))
+    ir.save(model, tmp_path / "in.onnx")
+    quantization.quantize_dynamic(
+        tmp_path / "in.onnx", tmp_path / "out.onnx", op_types_to_quantize=["MatMul"], per_channel=True,
+        weight_type=quantization.QuantType.QInt8, extra_options={"MatMulConstBOnly": True},
+    )  # fmt: skip
+    theirs, ours = ir.load(tmp_path / "out.onnx"), rounded(model, "int8-dynamic")
+    assert set(theirs.graph.initializers) == set(ours.graph.initializers)
+    for name, value in theirs.graph.initializers.items():
+        wanted, got = passes.constant(value), passes.constant(ours.graph.initializers[name])
+        assert wanted is not None and got is not None
+        assert got.dtype == wanted.dtype and np.array_equal(got, wanted)
+    x = RANDOM.standard_normal((5, 70)).astype(np.float32)
+    assert np.array_equal(run(ours, x), run(theirs, x))
+
+
+def test_matmuls_of_one_input_round_it_once() -> None:
+    model = chain(RANDOM.standard_normal((64, 8)))
+    graph = model.graph
+    other = passes.add_initializer(graph, "other", RANDOM.standard_normal((64, 4)).astype(np.float32))
+    graph.outputs.append(_add(graph, ir.node("MatMul", [graph.inputs[0], other], name="second"), "z"))
+    kinds = [node.op_type for node in rounded(model, "int8-dynamic").graph]
+    assert (kinds.count("DynamicQuantizeLinear"), kinds.count("MatMulInteger")) == (1, 2)
+
+
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-block32", "int8-block64"])
 def test_a_model_that_no_single_file_holds(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     model = chain(RANDOM.standard_normal((64, 64)), RANDOM.standard_normal((64, 64)))
@@ -123,6 +155,15 @@ def test_float16_has_casts_only_at_the_borders() -> None:
     twin = audit.float_twin(found)
     assert audit.same_but_rounded(model, twin, "part") <= 0.501
     assert len(list(twin.model.graph)) == len(list(model.graph))
+
+
+def test_a_scalar_stays_one_in_the_twin_of_float16() -> None:
+    model = chain(RANDOM.standard_normal((32, 8)))
+    factor = passes.add_initializer(model.graph, "factor", np.array(0.5, np.float32))
+    last = model.graph.outputs[0]
+    model.graph.outputs[0] = _add(model.graph, ir.node("Mul", [last, factor], name="half"), "z")
+    model.graph.outputs[0].shape = last.shape
+    assert audit.same_but_rounded(model, audit.float_twin(rounded(model, "fp16", "*")), "part") <= 0.501
 
 
 def test_float16_of_one_node_leaves_the_others() -> None:

@@ -371,9 +371,11 @@ DAMAGE: tuple[tuple[str, str, Callable[[ir.Model], None]], ...] = (
 
 def judge(facts: onnx.Facts, precision: str, folder: Path, manifest: Manifest, scratch: Path) -> None:
     if precision == "fp32":
-        onnx.gate.check_float(facts.checkpoint, folder, manifest, facts.reference, facts.cases)
+        onnx.gate.check_float(facts.checkpoint, folder, manifest, onnx.expected_of(facts))
     else:
-        onnx.gate.check_quantized(facts.graphs, folder, manifest, facts.reference, facts.cases, scratch)
+        onnx.gate.check_quantized(
+            facts.checkpoint, facts.graphs, folder, manifest, onnx.expected_of(facts), scratch
+        )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
