@@ -146,7 +146,7 @@ def _weight_error(
         return 0.0
     make_step, allowed = twin.steps[str(right.name)]
     step = make_step()
-    error = np.subtract(array, other)
+    error = np.asarray(np.subtract(array, other))
     np.abs(error, out=error)
     np.divide(error, step, out=error, where=step > 0)  # a block of zeros has no step
     worst = float(error.max())
