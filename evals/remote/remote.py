@@ -39,8 +39,8 @@ from runtime import bundle as bundle_files
 from runtime import files
 from runtime.errors import InputError
 
-FOLDER = ".cache/pocketvlm"
-"""Where things go on a device, below its user's home."""
+FOLDER = ".cache/pocketvlm/device"
+"""Where things go on a device, below its user's home. Its own: beside it, data sets of this program may lie."""
 
 TELEMETRY = "telemetry.jsonl"
 Tell = Callable[[str], None]
@@ -243,7 +243,7 @@ class _Place:
         for owned, wanted in groups.items():
             missing |= remote_sync.differing(self.ssh, self.folder, wanted, owned)
         total = sum(file.bytes for file in missing.values())
-        needs = {"to copy": total, "to install": install_bytes}
+        needs = {"to copy": total, "to install": install_bytes, "to run": remote_setup.RUN_BYTES}
         remote_setup.require_space(self.ssh, self.folder, needs)
         sent = remote_sync.send(self.ssh, self.folder, missing, self.tell)
         self.tell(f"copied {len(missing)} files, {sent} bytes" if missing else "every file is there already")

@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import IO
 
-from evals.remote.remote_setup import Facts
+from evals.remote.remote_setup import Facts, free_bytes
 from evals.remote.remote_ssh import LOST, ConnectionLost, DeviceError, Ssh
 from evals.remote.remote_sync import reconnect
 
 END = "@@ended@@"
 AWAY_SECONDS = 120.0
 """How long a device may be unreachable before this side stops waiting; its job goes on."""
+
+FULL_BYTES = 1 << 18
+"""With less than this left, a job that went without a word is taken to have filled the disk."""
 
 SILENT_SECONDS = 30.0
 """How long the log may stand still before the job is looked at: a killed one would never end it."""
@@ -124,7 +127,7 @@ def follow(ssh: Ssh, folder: str, boot_id: str, tell: Tell) -> int:
                 return code
             job = look(ssh, folder)
             if job.state is State.DIED:
-                raise DeviceError(_how_it_died(ssh, job, boot_id))
+                raise DeviceError(_how_it_died(ssh, folder, job, boot_id))
             away_since = None
         except ConnectionLost as error:
             away_since = away_since or time.monotonic()
@@ -171,7 +174,10 @@ def _lines(stream: IO[bytes], seconds: float) -> Iterator[str]:
             yield line.decode(errors="replace").strip()
 
 
-def _how_it_died(ssh: Ssh, job: Job, boot_id: str) -> str:
+def _how_it_died(ssh: Ssh, folder: str, job: Job, boot_id: str) -> str:
+    """A full disk looks like a killed job: its script cannot write how it ended."""
+    if free_bytes(ssh, folder) < FULL_BYTES:
+        return f"{ssh.target}: its disk is full in {folder}; free some and run again: what is there is kept"
     now = ssh.run("cat /proc/sys/kernel/random/boot_id 2>/dev/null; true").out.strip()
     how = (
         "started anew while it measured"

@@ -24,6 +24,9 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 INSTALL_BYTES = 330_000_000
 """Room for venv, its packages and pip's work, where the venv is still to be made."""
 
+RUN_BYTES = 20_000_000
+"""Room for the unpacked code, logs, samples and results of a bench."""
+
 NEEDS = ("numpy", "PIL", "pydantic", "rich", "tokenizers", "typer")
 BACKENDS = {"onnx": "onnxruntime", "gguf": "llama_cpp"}
 MARKER = ".pocketvlm-device"
@@ -128,10 +131,14 @@ def remove(ssh: Ssh, folder: str) -> None:
     ssh.run(f"if [ -f {marker} ]; then rm -rf -- {shlex.quote(folder)}; fi")
 
 
+def free_bytes(ssh: Ssh, folder: str) -> int:
+    """What its disk has left for us."""
+    return int(ssh.run(f"df -Pk {shlex.quote(folder)} | tail -n 1").out.split()[-3]) * 1024
+
+
 def require_space(ssh: Ssh, folder: str, wanted: dict[str, int]) -> None:
     """Raises DeviceError when less than the sum of `wanted` bytes (by what they are for) is free there."""
-    line = ssh.run(f"df -Pk {shlex.quote(folder)} | tail -n 1").out.split()
-    free, total = int(line[-3]) * 1024, sum(wanted.values())
+    free, total = free_bytes(ssh, folder), sum(wanted.values())
     if free < total:
         parts = ", ".join(f"{fmt.size(size)} {what}" for what, size in wanted.items() if size)
         raise DeviceError(

@@ -178,6 +178,10 @@ def test_other_pixels_are_seen(onnx_runner: Path, tiny_bundle: Path, tmp_path: P
         ("part decoder bundle", "part decoder elsewhere", "onnxruntime: Load model from elsewhere"),
         ("step attention_mask", "step attention_musk", "onnxruntime: "),
         ("image_token", "image_token 1", "image tokens, the vision part gave"),
+        ("part decoder", "part encoder", "plan: has no part decoder"),
+        ("step num_logits_to_keep", "step num_logits", "no num_logits_to_keep"),
+        ("vocabulary", "hidden", "sizes or the vision part's outputs are missing"),
+        ("image_features", "image_textures", "onnxruntime: "),
     ],
 )  # fmt: skip
 def test_a_plan_that_is_wrong(

@@ -21,7 +21,15 @@ struct Step {
 
 class OnnxBackend : public Backend {
   public:
-    explicit OnnxBackend(const Plan& plan) : plan_(plan), logits_(static_cast<size_t>(plan.vocabulary)) {
+    explicit OnnxBackend(const Plan& plan) : plan_(plan) {
+        for (const char* role : {"vision_encoder", "embed_tokens", "decoder"}) plan.part(role);
+        if (!plan.steps.count("inputs_embeds") || !plan.steps.count("num_logits_to_keep")) {
+            throw Error("plan: the decoder wants no inputs_embeds or no num_logits_to_keep");
+        }
+        if (plan.hidden < 1 || plan.vocabulary < 1 || plan.features.size() != (plan.deepstack_layers ? 2 : 1)) {
+            throw Error("plan: sizes or the vision part's outputs are missing");
+        }
+        logits_.resize(static_cast<size_t>(plan.vocabulary));
         for (const auto& [role, path] : plan.parts) {
             sessions_.emplace(role, environment_.open(path, plan.threads));
         }

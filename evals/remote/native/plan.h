@@ -72,22 +72,20 @@ inline size_t width_of(const std::string& type) {
     return found->second;
 }
 
-/// A file of exactly `size` bytes, into memory of that size.
-inline void read_into(const std::string& path, void* memory, size_t size) {
+/// A file of exactly `count` numbers. Its size is looked at before there is memory for it.
+template <typename Number>
+std::vector<Number> read_numbers(const std::string& path, int64_t count) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     if (!file) throw Error(path + ": cannot be read");
     const std::streamoff found = file.tellg();
-    if (found != static_cast<std::streamoff>(size)) {
-        throw Error(path + ": has " + std::to_string(found) + " bytes, the plan says " + std::to_string(size));
+    if (count < 0 || found % sizeof(Number) || found / static_cast<int64_t>(sizeof(Number)) != count) {
+        throw Error(path + ": has " + std::to_string(found) + " bytes, the plan says " + std::to_string(count) +
+                    " numbers of " + std::to_string(sizeof(Number)));
     }
+    std::vector<Number> numbers(static_cast<size_t>(count));
     file.seekg(0);
-    if (size && !file.read(static_cast<char*>(memory), found)) throw Error(path + ": cannot be read");
-}
-
-inline std::vector<int64_t> read_int64(const std::string& path, size_t count) {
-    std::vector<int64_t> found(count);
-    read_into(path, found.data(), count * sizeof(int64_t));
-    return found;
+    if (count && !file.read(reinterpret_cast<char*>(numbers.data()), found)) throw Error(path + ": cannot be read");
+    return numbers;
 }
 
 /// The words of one line, each taken in turn; the end of a line that should go on is an error.
@@ -145,8 +143,8 @@ inline Tensor read_tensor(Words& words) {
     found.name = words.text();
     found.type = words.text();
     found.shape = words.shape();
-    found.bytes.resize(static_cast<size_t>(count_of(found.shape)) * width_of(found.type));
-    read_into(words.rest(), found.bytes.data(), found.bytes.size());
+    const int64_t bytes = count_of(found.shape) * static_cast<int64_t>(width_of(found.type));
+    found.bytes = read_numbers<uint8_t>(words.rest(), bytes);
     return found;
 }
 
@@ -188,12 +186,12 @@ inline void read_line(Plan& plan, const std::string& key, Words& words) {
         state.shape = words.shape();
         plan.states.push_back(state);
     } else if (key == "ids") {
-        const size_t count = static_cast<size_t>(words.integer());
-        plan.ids = read_int64(words.rest(), count);
+        const int64_t count = words.integer();
+        plan.ids = read_numbers<int64_t>(words.rest(), count);
     } else if (key == "positions") {
         plan.position_rows = words.integer();
-        const size_t count = static_cast<size_t>(words.integer());
-        plan.positions = read_int64(words.rest(), static_cast<size_t>(plan.position_rows) * count);
+        const int64_t count = words.integer();
+        plan.positions = read_numbers<int64_t>(words.rest(), plan.position_rows * count);
     } else if (key == "next_position") plan.next_position = words.integer();
     else throw Error(words.where() + ": knows no " + key);
 }
