@@ -153,7 +153,8 @@ def _check_names(to: str, precisions: Sequence[str], plan: Plan | None) -> None:
     if to not in FORMATS:
         raise InputError(f"format {to!r} is not known; choose from {', '.join(FORMATS)}")
     if not precisions:
-        raise InputError(f"no precision given; choose from {', '.join(PRECISIONS)}")
+        known = {"gguf": gguf_kinds.KINDS, "coreml": coreml_policy.NAMES}.get(to, PRECISIONS)
+        raise InputError(f"no precision given; choose from {', '.join(known)}")
     if to == "gguf":
         for precision in precisions:
             gguf_kinds.check(precision)

@@ -9,6 +9,7 @@ own runtime. The vision model stays at 8 bits or more.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, onnx, space, target
-from export.checkpoint import load
+from export.checkpoint import load, read_config
 from export.families.gguf import gguf_family
 from export.gguf_kinds import DIRECT, Request, check
 from export.gguf_plan import Plan as FilePlan
@@ -30,7 +31,7 @@ from export.gguf_write import stored_bytes, write
 from export.onnx import Facts, Progress
 from export.targets import Plan
 from runtime import bundle
-from runtime.errors import InputError
+from runtime.errors import CheckpointError, InputError
 from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec, ToBytes
 from runtime.manifest import Fallback, Manifest, Part
@@ -103,14 +104,27 @@ def export_gguf(
 
 
 def plan_files(checkpoint: Path) -> Files:
-    """Names and layouts of both files, before any weight is read."""
+    """Names and layouts of both files, before any weight is read. Raises CheckpointError with the path."""
+    model_type = str(read_config(checkpoint)["model_type"])
+    with _named(checkpoint):
+        family = gguf_family(model_type)
     source = open_source(checkpoint)
-    family = gguf_family(str(source.config["model_type"]))
-    return Files(
-        source,
-        family.text(source.config, source.names),
-        family.vision(source.config, source.preprocessor, source.names),
-    )
+    preprocessor = source.preprocessor
+    with _named(checkpoint):
+        return Files(
+            source,
+            family.text(source.config, source.names),
+            family.vision(source.config, preprocessor, source.names),
+        )
+
+
+@contextlib.contextmanager
+def _named(checkpoint: Path) -> Iterator[None]:
+    """A family's refusals in this block say which checkpoint."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
 
 
 def _needed(

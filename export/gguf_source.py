@@ -51,7 +51,12 @@ class Source:
         for name in ("preprocessor_config.json", "processor_config.json"):
             file = self.path / name
             if file.is_file():
-                content = json.loads(file.read_text(encoding="utf-8"))
+                try:
+                    content = json.loads(file.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise CheckpointError(
+                        f"{file}: cannot be read as JSON ({error}); copy it again"
+                    ) from error
                 found |= content | content.get("image_processor", {})
         if "image_mean" not in found:
             raise CheckpointError(

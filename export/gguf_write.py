@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
 
 from export.gguf_plan import Piece, Plan
 from export.gguf_source import Source
@@ -80,7 +81,7 @@ def write(plan: Plan, source: Source, out: Path, precision: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for piece, kind in zip(plan.pieces, types, strict=True):
-            _write_tensor(writer, _rows(piece, source), kind)
+            _write_tensor(writer, _rows(piece, source), kind, f"{source.path}: {piece.source}")
     finally:
         writer.close()
 
@@ -110,13 +111,29 @@ def _rows(piece: Piece, source: Source) -> Any:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _write_tensor(writer: Any, rows: Any, kind: Type) -> None:
+_LARGEST_HALF = 65504.0
+
+
+def _check_values(values: NDArray[np.float32], kind: Type, name: str) -> None:
+    """Raises CheckpointError for a number that the type does not have."""
+    largest = float(np.abs(values).max())  # of a NaN: NaN
+    if not math.isfinite(largest):
+        raise CheckpointError(
+            f"{name}: holds a number that is none (NaN or infinite); train or save it again"
+        )
+    if kind == Type.F16 and largest > _LARGEST_HALF:
+        raise CheckpointError(f"{name}: holds {largest:.4g}, more than float16 can; choose bf16 or f32")
+
+
+def _write_tensor(writer: Any, rows: Any, kind: Type, name: str) -> None:
     """Round and write a few rows at a time: only the stored form of the tensor is whole in memory."""
     stream, written = writer.fout[0], 0
     writer.write_padding(stream, stream.tell())
     step = max(1, _VALUES_AT_ONCE // rows.shape[1])
     for start in range(0, len(rows), step):
-        some = gguf.quants.quantize(rows[start : start + step].float().numpy(), kind)
+        values = rows[start : start + step].float().numpy()
+        _check_values(values, kind, name)
+        some = gguf.quants.quantize(values, kind)
         stream.write(some.tobytes())
         written += some.nbytes
     writer.write_padding(stream, written)

@@ -31,7 +31,8 @@ def facts(path: Path) -> dict[str, Any]:
         "context": manifest.limits.context,
         "image_tokens": manifest.limits.image_tokens,
         "images": manifest.limits.images,
-        "cache_bytes_per_1000_tokens": cache_bytes(manifest, PER_TOKENS),
+        # llama.cpp has its own
+        "cache_bytes_per_1000_tokens": cache_bytes(manifest, PER_TOKENS) if manifest.state else None,
         "parts": [_part(part) for part in manifest.parts],
         "bytes": _all_bytes(manifest),
         "parity": manifest.parity.figures,
@@ -63,13 +64,16 @@ def table(path: Path) -> Table:
     from rich.table import Table
 
     manifest = bundle.read(path, verify=False)
-    limits, cache = manifest.limits, size(cache_bytes(manifest, PER_TOKENS))
+    limits = manifest.limits
+    cache = (
+        f"cache {size(cache_bytes(manifest, PER_TOKENS))} per {PER_TOKENS} tokens; " if manifest.state else ""
+    )
     found = Table(
         "part",
         "bytes",
         "parameters x bits",
         title=f"{path.name} ({manifest.flavour if manifest.format == 'onnx' else manifest.format})",
-        caption=f"cache {cache} per {PER_TOKENS} tokens; at most {limits.context} tokens, {limits.images} "
+        caption=f"{cache}at most {limits.context} tokens, {limits.images} "
         f"pictures, {limits.image_tokens} tokens a picture; against the checkpoint: {_parity(manifest)}",
     )
     for part in manifest.parts:

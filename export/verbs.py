@@ -97,6 +97,8 @@ def export(
         split_images=split,
     )
     precisions = _precisions(plan, precision, quant, to)
+    if to != "gguf" and (rules or imatrix):
+        raise InputError(f"{'--rules' if rules else '--imatrix'}: is for --to gguf, not {to}; leave it out")
     require("export", ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))
     if to == "gguf":
         require("gguf", ("gguf", "llama_cpp"))
@@ -143,7 +145,10 @@ def _precisions(plan: Plan, precision: str | None, quant: str | None, to: str) -
     if to == "gguf":
         if quant == "auto" or str(quant).endswith((".yaml", ".yml")):
             raise InputError(f"--quant {quant}: is for --to onnx; GGUF takes types (q8_0,q4_k_m) and --rules")
-        return [part.strip().lower() for part in (quant or precision or "f16").split(",") if part.strip()]
+        asked = quant if quant is not None else precision
+        return [
+            part.strip().lower() for part in ("f16" if asked is None else asked).split(",") if part.strip()
+        ]
     if to == "coreml" and quant == "auto":
         raise InputError("--quant auto: is for --to onnx; with --to coreml give --precision fp16,int8,int4")
     if quant not in (None, "auto") and not str(quant).endswith((".yaml", ".yml")):

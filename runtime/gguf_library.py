@@ -108,8 +108,16 @@ class TextModel:
         # of a model that mixes layers only those of the first one are told, and that may have none
         heads = lib.llama_model_n_head_kv(self.model) or lib.llama_model_n_head(self.model)
         layers = lib.llama_model_n_layer(self.model)
-        head = self.hidden // lib.llama_model_n_head(self.model)
+        # a head may be wider than its share of the model
+        said = self._value(f"{self._value('general.architecture')}.attention.key_length")
+        head = int(said) if said else self.hidden // lib.llama_model_n_head(self.model)
         return int(2 * layers * heads * head * self._cache_width * lib.llama_n_ctx(self.context))
+
+    def _value(self, key: str) -> str:
+        """A key's value as text; nothing where the file has none (or one of more than 255 bytes)."""
+        buffer = ctypes.create_string_buffer(256)
+        found = self._lib.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if 0 <= found < len(buffer) else ""
 
     def clear(self) -> None:
         """Forget the sequence."""

@@ -16,8 +16,11 @@ from PIL import Image
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
+import torch  # noqa: E402
+
 from evals.torch_session import TorchSession  # noqa: E402
 from export import export_all, gguf_gate, llamacpp  # noqa: E402
+from export.checkpoint import load as load_checkpoint  # noqa: E402
 from export.gguf import _OTHERS, _needed, export_gguf, plan_files  # noqa: E402
 from export.gguf_kinds import DIRECT, KINDS, QUANTIZED, Request, TensorRule  # noqa: E402
 from export.gguf_vocabulary import Kind  # noqa: E402
@@ -26,13 +29,13 @@ from export.llamacpp import quantize, weight_bits  # noqa: E402
 from runtime import bundle, conformance  # noqa: E402
 from runtime.errors import CheckpointError, InputError, ParityError, StateError  # noqa: E402
 from runtime.generation import GenerationOptions  # noqa: E402
-from runtime.gguf_library import MOST_AT_ONCE, TextModel  # noqa: E402
+from runtime.gguf_library import FIDELITY, MOST_AT_ONCE, TextModel  # noqa: E402
 from runtime.session import Session, open_bundle  # noqa: E402
 from tests import gguf_checkpoints  # noqa: E402
 
 NAMES = ("smolvlm", "smolvlm_tiles", "qwen2_5_vl", "qwen3_vl", "internvl", "lfm2_vl", "gemma3")
 TEXT_RMS = {"qwen2_5_vl": 5e-3, "qwen3_vl": 5e-3, "gemma3": 1e-3}
-"""float32 files; the first two with M-RoPE, the third with GELU, which ggml has in a float16 table."""
+"""float32 files; `test_where_llama_cpp_computes_otherwise`, and GELU, which ggml has in a float16 table."""
 SHORT = GenerationOptions(max_new_tokens=8)
 
 
@@ -206,6 +209,38 @@ def test_a_wrong_key_breaks_the_gate_of_small_types(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_where_llama_cpp_computes_otherwise(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], name: str
+) -> None:
+    """Text alone is 1e-4 off, and equal to a checkpoint that does the same: a norm without its epsilon; the
+    frequencies that no section of the interleaved M-RoPE claims left at position 0."""
+    ids = np.random.default_rng(0).integers(10, 300, 24)
+    path = bundles[name] / bundle.read(bundles[name]).part("text_model").path
+    text = TextModel(path, context=64, threads=1, settings=FIDELITY, spin=False)
+    got = text.extend(ids, np.arange(len(ids))[None])
+    text.close()
+    model = load_checkpoint(checkpoints[name]).model
+
+    def error() -> float:
+        with torch.no_grad():
+            wanted = model(input_ids=torch.tensor(ids)[None]).logits[0, -1].numpy()
+        return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)))
+
+    assert error() > 5e-5
+    if name == "qwen2_5_vl":
+        for module in model.model.language_model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = 0.0
+    else:
+        counts = model.config.text_config.rope_parameters["mrope_section"]
+        frequencies = model.model.language_model.rotary_emb.inv_freq
+        unclaimed = [at for at in range(len(frequencies)) if at >= 3 * counts[at % 3]]
+        assert unclaimed
+        frequencies[unclaimed] = 0.0
+    assert error() < 5e-6
+
+
 # --- sessions ---------------------------------------------------------
 
 
@@ -342,20 +377,6 @@ def test_the_estimate_is_no_smaller_than_the_tensors_but_of_their_size(
 def test_unknown_tensor_types_are_told() -> None:
     with pytest.raises(InputError, match="is not known"):
         llamacpp.ggml_type("q9")
-
-
-def test_rules_are_checked_before_the_work(wide: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    for rule, message in (
-        (("blk.9.*", "q8_0"), "matches no tensor"),
-        (("blk.0.*", "q9"), "'q9' is not known"),
-    ):
-        with pytest.raises(InputError, match=message):
-            export_gguf(
-                wide, {"q4_0": tmp_path / "b"}, names={"q4_0": "b"},
-                request=Request(rules=(TensorRule(*rule),)), progress=lines.append,
-            )  # fmt: skip
-    assert set(lines) == {"reading the checkpoint"} and list(tmp_path.iterdir()) == []
 
 
 def test_kinds_of_tokens_are_ggufs() -> None:
