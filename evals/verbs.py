@@ -94,7 +94,8 @@ def bench(
         ),
     ] = None,
     on_dir: Annotated[
-        str | None, typer.Option(help="Folder there, absolute or below home; default: .cache/pocketvlm.")
+        str | None,
+        typer.Option(help="Folder there, absolute or below home; default: .cache/pocketvlm/device."),
     ] = None,
     on_python: Annotated[
         str | None, typer.Option(help="An interpreter there that has the packages; default: a venv is made.")

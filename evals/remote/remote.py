@@ -40,7 +40,7 @@ from runtime import files
 from runtime.errors import InputError
 
 FOLDER = ".cache/pocketvlm/device"
-"""Where things go on a device, below its user's home. Its own: beside it, data sets of this program may lie."""
+"""Where things go on a device, below its user's home; beside it this program keeps data sets of its own."""
 
 TELEMETRY = "telemetry.jsonl"
 Tell = Callable[[str], None]

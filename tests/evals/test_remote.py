@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from evals import digits
 from evals.bench import bench_results
 from evals.remote import remote, remote_job, remote_setup, remote_ssh, remote_wheel
 from evals.remote.remote import Request, Settings
@@ -194,6 +195,14 @@ def test_a_folder_of_others_is_left_alone(ssh: Ssh, tmp_path: Path) -> None:
     remote_setup.claim(ssh, str(tmp_path / "ours"))
     remote_setup.remove(ssh, str(tmp_path / "ours"))
     assert not (tmp_path / "ours").exists()
+
+
+def test_the_folder_there_is_not_the_cache_of_this_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that made data sets of its own has them there; they neither stop a bench nor go with it."""
+    for name in ("POCKETVLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    folder = Path.home() / remote.FOLDER
+    assert digits.cache_directory() in folder.parents
 
 
 @needs_sshd

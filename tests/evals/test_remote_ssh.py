@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from evals.remote import remote_job, remote_setup, remote_sync
-from evals.remote.remote_job import State
+from evals.remote.remote_job import Job, State
 from evals.remote.remote_setup import Facts
 from evals.remote.remote_ssh import ConnectionLost, DeviceError, Ssh, Target, explain, parse
 from runtime.errors import InputError
@@ -337,6 +337,13 @@ def test_a_killed_job_is_noticed(
     os.kill(int((folder / "run/pid").read_text()), 9)
     with pytest.raises(DeviceError, match="the bench was killed there; run again"):
         remote_job.follow(ssh, str(folder), facts.boot_id, lambda line: None)
+
+
+@needs_sshd
+def test_a_disk_that_a_job_has_filled_is_not_called_a_killed_job(ssh: Ssh, facts: Facts) -> None:
+    """/proc has no byte free, as a full disk."""
+    died = Job("abc", State.DIED, facts.boot_id)
+    assert "its disk is full in /proc; free some" in remote_job._how_it_died(ssh, "/proc", died, "")
 
 
 @needs_sshd
