@@ -101,6 +101,7 @@ def _phone(adb: Adb, program: Program, machine: str, facts: BundleFacts, tell: T
         raise DeviceError(f"{program.path}: is for {machine}; {adb.name} runs {' '.join(abis)}")
     clusters = remote_phone.clusters_of(adb)
     sheet = remote_phone.sheet(adb, properties, clusters)
+    remote_runner.check_idle(adb)
     remote_runner.copy_program(adb, program, tell)
     runner = remote_runner.hello(adb, program, facts.path, runner_plan.BACKENDS[facts.manifest.format])
     packages = {**sheet.packages, runner.backend: runner.version}

@@ -27,6 +27,9 @@ PROGRAM = "runner"
 """The program's folder below."""
 
 PLAN = f"{runner_plan.CASE}/plan.txt"
+RUNNING = "running"
+"""A file there with the process of the last runner: it goes on when adb's connection breaks."""
+
 LIBRARY = re.compile(r".+\.so(\.\d+)*")
 LOADER = re.compile(r"ld-(linux|musl)-[\w-]+\.so\.\d+")
 
@@ -100,11 +103,23 @@ def copy_case(adb: Adb, case: Case, tell: Tell) -> None:
             adb.push(source, f"{FOLDER}/{path}")
 
 
+def check_idle(adb: Adb) -> None:
+    """Raise DeviceError where the runner of a bench that was broken off still runs: two would spoil both."""
+    process = f"$(cat {FOLDER}/{RUNNING} 2>/dev/null)"
+    is_one = f'[ -n "$p" ] && grep -q {PROGRAM} /proc/$p/cmdline 2>/dev/null'
+    said = adb.shell(f"p={process}; {is_one} && echo busy $p; true")
+    if found := re.search(r"busy (\d+)", said):
+        raise DeviceError(
+            f"{adb.name}: an earlier bench's runner still runs there; wait, or: adb shell kill {found[1]}"
+        )
+
+
 def measure(adb: Adb, program: Program, cores: Sequence[int]) -> Said:
     """One fresh process, pinned to `cores` if there are any. Raises DeviceError with its last words."""
     mask = sum(1 << core for core in cores)
     pinned = f"taskset {mask:x} {program.command}" if mask else program.command
-    said = adb.shell(f"cd {FOLDER} && {pinned} {PLAN} </dev/null", check=False)
+    script = f"echo $$ >{RUNNING}; exec {pinned} {PLAN} </dev/null"
+    said = adb.shell(f"cd {FOLDER} && sh -c {shlex.quote(script)}", check=False)
     found = runner_output.read(said)
     if found is None:
         raise DeviceError(f"{adb.name}: {program.path.name}: {last_line(said)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,18 @@ def test_phones_that_cannot(phone: Path, state: str, words: str) -> None:
 def test_a_phone_that_is_not_there(phone: Path) -> None:
     with pytest.raises(DeviceError, match="is not there; adb devices"):
         remote_phone.Adb("other").connect()
+
+
+def test_a_runner_that_still_runs(phone: Path, runner: Path, tiny_bundle: Path) -> None:
+    phone.mkdir()
+    (phone / "running").write_text("999999999\n")
+    bench(tiny_bundle, runner, rounds=1)  # that process is gone
+    with subprocess.Popen(["sh", "-c", "read line # ./runner/onnx-runner"], stdin=subprocess.PIPE) as other:
+        (phone / "running").write_text(f"{other.pid}\n")
+        with pytest.raises(DeviceError, match=f"still runs there; wait, or: adb shell kill {other.pid}"):
+            bench(tiny_bundle, runner, rounds=1)
+        assert other.stdin is not None
+        other.stdin.close()
 
 
 def test_full_storage(phone: Path, runner: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
