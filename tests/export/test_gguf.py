@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections import namedtuple
@@ -29,7 +30,10 @@ from export.llamacpp import quantize, weight_bits  # noqa: E402
 from runtime import bundle, conformance  # noqa: E402
 from runtime.errors import CheckpointError, InputError, ParityError, StateError  # noqa: E402
 from runtime.generation import GenerationOptions  # noqa: E402
-from runtime.gguf_library import FIDELITY, MOST_AT_ONCE, TextModel  # noqa: E402
+from runtime.gguf_library import FIDELITY, MOST_AT_ONCE, TextModel, VisionModel  # noqa: E402
+from runtime.gguf_library import load as load_library  # noqa: E402
+from runtime.gguf_session import GgufBackend  # noqa: E402
+from runtime.providers import RunSettings  # noqa: E402
 from runtime.session import Session, open_bundle  # noqa: E402
 from tests import gguf_checkpoints  # noqa: E402
 
@@ -263,6 +267,52 @@ def test_prefill_equals_prefill_and_decode(session: Session) -> None:
         logits = session.decode(int(token))
     # the speed settings: flash attention and a float16 cache
     assert np.abs(logits - whole).max() < 0.02 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_llama_cpps_own_way_gives_the_same_logits(bundles: dict[str, Path], name: str) -> None:
+    """As its tools go: one text with a mark for the picture, which has the size that they leave alone."""
+    manifest = bundle.read(bundles[name])
+    paths = {part.role: bundles[name] / part.path for part in manifest.parts}
+    with open_bundle(bundles[name], threads=1) as opened:
+        prepared = opened.prepare(picture(size=(64, 64)))
+        ids = opened.prompt_ids("what color?", [prepared])
+        places = np.flatnonzero(ids == manifest.merge.token)
+        slot = manifest.prompt.image
+        first, last = places[0] - len(slot.before), places[-1] + 1 + len(slot.after)
+        texts = [
+            opened.tokenizer.decode(part.tolist(), skip_special_tokens=False)
+            for part in (ids[:first], ids[last:])
+        ]
+    backend = GgufBackend(bundles[name], manifest, RunSettings(threads=1), 256, FIDELITY)
+    with Session(manifest, backend, opened.tokenizer, max_context=256, reuse=False) as session:
+        ours = session.prefill(ids, [session.encode_image(prepared)])
+    text = TextModel(paths["text_model"], context=256, threads=1, settings=FIDELITY, spin=False)
+    vision = VisionModel(paths["mmproj"], text, threads=1, settings=FIDELITY)
+    theirs = by_its_helper(text, vision, texts, prepared.views[0].inputs["pixel_bytes"])
+    vision.close()
+    text.close()
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(ours).max()
+
+
+def by_its_helper(text: TextModel, vision: VisionModel, around: list[str], pixels: np.ndarray) -> np.ndarray:
+    """Logits after the text around a picture, tokenised and decoded by mtmd."""
+    lib, mtmd = load_library()
+    prompt = mtmd.mtmd_default_marker().join(part.encode() for part in around)
+    given = mtmd.mtmd_input_text()
+    given.text, given.text_len, given.add_special, given.parse_special = prompt, len(prompt), False, True
+    height, width, _ = pixels.shape
+    data = np.ascontiguousarray(pixels).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    bitmap, chunks = mtmd.mtmd_bitmap_init(width, height, data), mtmd.mtmd_input_chunks_init()
+    bitmaps, past = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), lib.llama_pos(0)
+    assert mtmd.mtmd_tokenize(vision.context, chunks, ctypes.byref(given), bitmaps, 1) == 0
+    status = mtmd.mtmd_helper_eval_chunks(
+        vision.context, text.context, chunks, 0, 0, 256, True, ctypes.byref(past)
+    )
+    mtmd.mtmd_input_chunks_free(chunks)
+    mtmd.mtmd_bitmap_free(bitmap)
+    assert status == 0
+    return np.ctypeslib.as_array(lib.llama_get_logits_ith(text.context, -1), shape=(text.tokens,)).copy()
 
 
 def test_a_question_without_a_picture(session: Session) -> None:
