@@ -19,6 +19,7 @@ from evals.bench.bench_facts import mean_bits
 from evals.bench.latency import Measured
 from evals.results import Agreement, Bundle, Example, ExampleAnswer, Parity, Part, Score
 from runtime import bundle as bundles
+from runtime.manifest import Manifest
 
 THUMBNAIL = 128
 """Longest side, in pixels, of a picture inside the report."""
@@ -50,9 +51,11 @@ def bundle_record(
         bytes=sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()),
         parts=[
             Part(
-                name=part.role, bits=mean_bits([(b.bits, b.parameters) for b in part.bits]), bytes=part.bytes
+                name=part.role,
+                bits=mean_bits([(b.bits, b.parameters) for b in part.bits]),
+                bytes=size,
             )
-            for part in manifest.parts
+            for part, size in zip(manifest.parts, part_bytes(manifest), strict=True)
         ],
         parity=Parity.of(manifest.parity.figures, manifest.parity.limits),
         test=test,
@@ -60,6 +63,16 @@ def bundle_record(
         latency=measured.latency if measured else None,
         ratios=measured.ratios if measured else [],
     )
+
+
+def part_bytes(manifest: Manifest) -> list[int]:
+    """Bytes of each part with its data files; a file that parts share counts with the first."""
+    seen: set[str] = set()
+    sizes = []
+    for part in manifest.parts:
+        sizes.append(part.bytes + sum(file.bytes for file in part.data if file.path not in seen))
+        seen |= {file.path for file in part.data}
+    return sizes
 
 
 def examples(

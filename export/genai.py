@@ -24,6 +24,7 @@ from export.decoder import DecoderShape
 from export.families import Family
 from export.hybrid import HybridShape
 from runtime import files
+from runtime.contract import TensorSpec
 from runtime.errors import CheckpointError
 from runtime.image_spec import (
     GridTiles,
@@ -41,6 +42,7 @@ CONFIG, PROCESSOR = "genai_config.json", "genai_processor.json"
 """Its own default for the second is `processor_config.json`, which is transformers' file here."""
 
 EMBEDDING, DECODER, VISION = (f"onnx/genai_{name}.onnx" for name in ("embedding", "decoder", "vision"))
+NO_PADDING = -1
 WITHOUT = ("browser",)
 """Targets whose bundles are not for it."""
 
@@ -57,7 +59,7 @@ def wanted(family: Family, checkpoint: Checkpoint, target: str | None) -> bool:
 def write(bundle: Path, draft: Manifest, family: Family, checkpoint: Checkpoint) -> list[Path]:
     """Write the files into `bundle`, whose parts have their weights in data files; returns their paths."""
     parts = {part.role: bundle / part.path for part in draft.parts}
-    features = next(out for out in draft.part("vision_encoder").outputs if out.name == genai_graphs.FEATURES)
+    features = _output(draft, "vision_encoder", genai_graphs.FEATURES)
     rider = genai_graphs.passenger(draft)
     kind = ir.DataType[{"float32": "FLOAT", "float16": "FLOAT16"}[features.dtype]]
     graphs = {
@@ -77,7 +79,7 @@ def write(bundle: Path, draft: Manifest, family: Family, checkpoint: Checkpoint)
         "model": {
             "type": family.genai_type(checkpoint),
             **_token_ids(draft, checkpoint),
-            "vocab_size": shape.vocab,
+            "vocab_size": _output(draft, "decoder", "logits").shape[-1],
             "context_length": draft.limits.context,
             "decoder": _decoder(shape, rider.columns(shape.hidden) if rider else 0),
             "embedding": {
@@ -94,15 +96,30 @@ def write(bundle: Path, draft: Manifest, family: Family, checkpoint: Checkpoint)
     return [*written, bundle / CONFIG, bundle / PROCESSOR]
 
 
+def _output(draft: Manifest, role: str, name: str) -> TensorSpec:
+    return next(each for each in draft.part(role).outputs if each.name == name)
+
+
 def _token_ids(draft: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Ids by its names. Padding must be named: what equals it is masked, and 0 by default."""
+    """Ids by its names. Every token that equals padding is masked, also in the middle of a prompt: a
+    checkpoint that pads with a token of its prompts gets none (-1)."""
     tokenizer, stop = checkpoint.tokenizer, list(draft.tokenizer.stop_ids)
     padding = tokenizer.pad_token_id
-    found: dict[str, Any] = {"eos_token_id": stop, "pad_token_id": stop[0] if padding is None else padding}
+    if padding is None or padding in _numbers(draft.prompt.model_dump()) | set(stop):
+        padding = NO_PADDING
+    found: dict[str, Any] = {"eos_token_id": stop, "pad_token_id": padding}
     if tokenizer.bos_token_id is not None:
         found["bos_token_id"] = tokenizer.bos_token_id
-    known = (name for name in _TOKENS if hasattr(checkpoint.config, name))
-    return {**found, **{name: int(getattr(checkpoint.config, name)) for name in known}}
+    known = {name: getattr(checkpoint.config, name, None) for name in _TOKENS}
+    return {**found, **{name: int(token) for name, token in known.items() if token is not None}}
+
+
+def _numbers(value: Any) -> set[int]:
+    """All integers in JSON-like data."""
+    if isinstance(value, int):
+        return {int(value)}
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return {number for each in inner for number in _numbers(each)}
 
 
 def _decoder(shape: DecoderShape, columns: int) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import pytest
 from evals.accuracy import compare_answers, evaluate, split_margins
 from evals.bench import latency
 from evals.easy_vqa import Question, load
-from evals.gather import bundle_record
+from evals.gather import bundle_record, part_bytes
 from evals.records import Latency
 from evals.results import Bundle
+from runtime import bundle
 from runtime.errors import PocketError
+from runtime.manifest import FileRef
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,19 @@ def test_a_bundle_becomes_a_record(bundles: list[Path], measured: list[latency.M
     assert record.parity is not None and record.parity.passed and record.parity.positions > 0
     bits = {part.name: part.bits for part in record.parts}
     assert 8 <= bits["decoder"] < 16 and set(bits) == {"vision_encoder", "embed_tokens", "decoder"}
+
+
+def test_a_part_has_the_bytes_of_its_data_files_and_shared_ones_count_once(tiny_bundle: Path) -> None:
+    manifest = bundle.read(tiny_bundle)
+    refs = [FileRef(path=f"onnx/{name}", sha256="0" * 64, bytes=size) for name, size in (("a", 5), ("b", 7))]
+    vision, embed, decoder = manifest.parts
+    parts = (
+        vision.model_copy(update={"data": (refs[0],)}),
+        embed.model_copy(update={"data": tuple(refs)}),
+        decoder,
+    )
+    found = part_bytes(manifest.model_copy(update={"parts": parts}))
+    assert found == [vision.bytes + 5, embed.bytes + 7, decoder.bytes]
 
 
 def test_the_exported_bundle_answers_as_its_checkpoint(bundles: list[Path], tiny_checkpoint: Path) -> None:

@@ -153,16 +153,17 @@ def test_widths_and_states_are_those_of_the_graphs(written: Writer) -> None:
             assert decoder["hidden_size"] == 3 * 64  # the embedding and what two layers add
 
 
-def test_padding_is_named(written: Writer) -> None:
-    """What equals it is masked, and its own default is id 0."""
+def test_padding_is_no_token_of_a_prompt(written: Writer) -> None:
+    """What equals it is masked, wherever it stands, and its own default is id 0."""
     made = written("qwen3_vl")
-    tokenizer = made.facts.checkpoint.tokenizer
-    assert made.config["pad_token_id"] == tokenizer.pad_token_id
-    bare = SimpleNamespace(pad_token_id=None, bos_token_id=None)
-    checkpoint = SimpleNamespace(tokenizer=bare, config=SimpleNamespace(image_token_id=5))
-    found = genai._token_ids(made.draft, checkpoint)  # type: ignore[arg-type]
-    stop = list(made.draft.tokenizer.stop_ids)
-    assert found == {"eos_token_id": stop, "pad_token_id": stop[0], "image_token_id": 5}
+    own, stop = made.facts.checkpoint.tokenizer.pad_token_id, list(made.draft.tokenizer.stop_ids)
+    assert made.config["pad_token_id"] == own and own not in stop
+    start = made.draft.prompt.assistant[0]
+    for pad, wanted in ((own, own), (None, -1), (stop[0], -1), (start, -1)):
+        tokenizer = SimpleNamespace(pad_token_id=pad, bos_token_id=None)
+        checkpoint = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(image_token_id=5))
+        found = genai._token_ids(made.draft, checkpoint)  # type: ignore[arg-type]
+        assert found == {"eos_token_id": stop, "pad_token_id": wanted, "image_token_id": 5}
 
 
 # --- the graphs -------------------------------------------------------
