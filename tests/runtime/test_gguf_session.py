@@ -33,9 +33,9 @@ TOLERANCE = 0.1
 CHOICES = ("red", "blue", "a red circle", "a red square", "no")
 
 
-@pytest.fixture(scope="module", params=["smolvlm", "qwen3_vl", "lfm2_vl"])
+@pytest.fixture(scope="module", params=["smolvlm", "qwen3_vl", "lfm2_vl", "gemma3"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Positions of one row, of several, and a state that cannot be cut."""
+    """Positions of one row, of several, a state that cannot be cut, windows and a picture read both ways."""
     out = tmp_path_factory.mktemp("gguf-session")
     checkpoint = gguf_checkpoints.write(request.param, out / request.param)
     return export_checkpoint(checkpoint, out / "bundle", to="gguf", precision="f32")
