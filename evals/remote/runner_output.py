@@ -93,8 +93,8 @@ def agreement(case: Case, processes: Sequence[Said]) -> str:
     near = f"the first step's largest logits are within {away:.2g} of that session's"
     if not away <= case.logit_tolerance:
         near = (
-            f"the first step's largest logits are up to {away:.2g} off, the bundle allows "
-            f"{case.logit_tolerance:.2g} between processors: what is computed there is wrong"
+            f"the first step's largest logits are up to {away:.2g} off that session's, "
+            f"more than the {case.logit_tolerance:.2g} that the bundle allows between processors"
         )
     equal = sum(tokens == case.tokens for tokens in answers)
     head = f"answers: {equal} of {len(answers)} have the {len(case.tokens)} tokens of the Python session"
