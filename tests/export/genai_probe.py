@@ -24,7 +24,7 @@ def run(model: Any, case: dict[str, Any], out: Path) -> dict[str, Any]:
         processor = model.create_multimodal_processor()
         images = og.Images.open(*case["images"]) if case.get("images") else None
         tensors = processor(case["prompt"], images=images)
-        kept = {name: np.asarray(tensors[name].as_numpy()) for name in tensors.keys()}  # noqa: SIM118
+        kept: dict[str, Any] = {name: np.asarray(tensors[name].as_numpy()) for name in tensors.keys()}  # noqa: SIM118
         np.savez(out, **kept)
         ids = kept["input_ids"].reshape(-1)
         found["tensors"] = str(out)
