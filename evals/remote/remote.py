@@ -221,7 +221,7 @@ class _Place:
             key = remote_setup.venv_key(wheel_name, set(formats))
             ready = remote_setup.has_venv(self.ssh, self.folder, key)
             if not ready:
-                remote_setup.interpreter(self.ssh)  # before anything is sent: there may be none
+                remote_setup.venv_maker(self.ssh, formats)  # before anything is sent: there may be none
         self.copy(wheel_name, 0 if ready else remote_setup.INSTALL_BYTES)
         if given is not None:
             remote_setup.unpack(self.ssh, self.folder, wheel_name, self.code, given)

@@ -181,6 +181,23 @@ def interpreter(ssh: Ssh, names: Sequence[str] = PYTHONS) -> Interpreter:
     )
 
 
+def venv_maker(ssh: Ssh, formats: Iterable[str]) -> Interpreter:
+    """The Python there that makes a venv for these formats. Raises DeviceError saying what it lacks."""
+    found = interpreter(ssh)
+    if not found.makes_venv:
+        short = f"python{found.version[0]}.{found.version[1]}-venv"
+        raise DeviceError(
+            f"{ssh.target}: {found} cannot make a venv; install {short} there (Debian, Ubuntu), or give "
+            "--on-python an interpreter that has the packages"
+        )
+    if "onnx" in formats and not found.libc:
+        raise DeviceError(
+            f"{ssh.target}: {found} is not built on glibc, for which onnxruntime has wheels; use another "
+            "system, or give --on-python an interpreter that has onnxruntime"
+        )
+    return found
+
+
 def check_given(ssh: Ssh, path: str, formats: Iterable[str]) -> Interpreter:
     """A Python that the user named: it must run, and have what the runtime imports. Raises DeviceError."""
     found = interpreter(ssh, (path,))
@@ -224,18 +241,7 @@ def make_venv(
     key = venv_key(wheel, extras)
     if has_venv(ssh, folder, key):
         return
-    found = interpreter(ssh)
-    if not found.makes_venv:
-        short = f"python{found.version[0]}.{found.version[1]}-venv"
-        raise DeviceError(
-            f"{ssh.target}: {found} cannot make a venv; install {short} there (Debian, Ubuntu), or give "
-            "--on-python an interpreter that has the packages"
-        )
-    if "onnx" in extras and not found.libc:
-        raise DeviceError(
-            f"{ssh.target}: {found} is not built on glibc, for which onnxruntime has wheels; use another "
-            "system, or give --on-python an interpreter that has onnxruntime"
-        )
+    found = venv_maker(ssh, extras)
     tell(f"making a venv with {found}")
     source = f"--no-index --find-links {shlex.quote(wheels)}" if wheels else ""
     script = f"""
@@ -275,10 +281,33 @@ def _install(ssh: Ssh, script: str, tell: Callable[[str], None], offline: bool) 
         text = "\n".join(lines)
         if "No space left" in text:
             raise ssh.failed(Done(code, "", text))
-        wrong = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "")
-        help_ = (
-            "put the missing wheel into --on-wheels"
-            if offline
-            else "without a network there, give --on-wheels a folder of wheels"
-        )
-        raise DeviceError(f"{ssh.target}: pip: {wrong.removeprefix('ERROR: ')}; {help_}")
+        raise DeviceError(f"{ssh.target}: pip: {_pip_fault(lines, offline)}")
+
+
+UNREACHED = (
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "its package index's certificate is refused there; is the clock there right?",
+    ),
+    ("name resolution", "it finds no address for its package index"),
+    ("Name or service not known", "it finds no address for its package index"),
+    ("Network is unreachable", "its package index is not reachable"),
+    ("No route to host", "its package index is not reachable"),
+    ("Connection refused", "its package index is not reachable"),
+    ("timed out", "its package index does not answer"),
+)
+"""What pip says on the way to "no matching distribution", which is all that its last line tells."""
+
+
+def _pip_fault(lines: Sequence[str], offline: bool) -> str:
+    """Why pip failed, and what helps."""
+    if offline:
+        help_ = "put the missing wheel into --on-wheels"
+    else:
+        help_ = "without a network there, give --on-wheels a folder of wheels"
+    broken = "\n".join(line for line in lines if "connection broken" in line or "Could not fetch" in line)
+    for sign, meaning in UNREACHED:
+        if sign in broken:
+            return f"{meaning}; {help_}"
+    wrong = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "")
+    return f"{wrong.removeprefix('ERROR: ')}; {help_}"

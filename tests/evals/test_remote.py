@@ -294,6 +294,45 @@ def test_pythons_without_a_venv(
         remote_setup.make_venv(ssh, str(tmp_path), "wheel/x.whl", ["onnx"], None, lambda line: None)
 
 
+RETRYING = "WARNING: Retrying (Retry(total=0)) after connection broken by '{}': /simple/numpy/"
+NOTHING = "ERROR: No matching distribution found for numpy<2.4,>=1.26"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "SSLError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate is not yet valid')",
+            "is the clock there",
+        ),
+        ("NameResolutionError('Temporary failure in name resolution')", "finds no address"),
+        ("NewConnectionError('[Errno 101] Network is unreachable')", "is not reachable; without a network"),
+        ("ConnectTimeoutError('Connection to it timed out. (connect timeout=15)')", "does not answer"),
+    ],
+)
+def test_why_pip_finds_no_package(said: str, words: str) -> None:
+    """Its last line says the same in all cases. A board without a battery has a clock that is wrong."""
+    assert words in remote_setup._pip_fault([RETRYING.format(said), NOTHING], offline=False)
+
+
+def test_a_package_that_is_really_missing_is_named() -> None:
+    assert remote_setup._pip_fault(["Collecting numpy", NOTHING], offline=True) == (
+        "No matching distribution found for numpy<2.4,>=1.26; put the missing wheel into --on-wheels"
+    )
+
+
+@needs_sshd
+def test_a_python_without_venv_is_told_before_anything_is_sent(
+    server: Server, ssh: Ssh, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = fake_python(tmp_path, described(venv=False))
+    monkeypatch.setattr(remote_setup.interpreter, "__defaults__", ((program,),))
+    folder = tmp_path / "device"
+    with pytest.raises(DeviceError, match="cannot make a venv"):
+        remote.bench(server.url, Request((tiny_bundle,)), Settings(folder=str(folder)), lambda line: None)
+    assert not (folder / "bundles").exists()
+
+
 @needs_sshd
 def test_a_given_python_that_lacks_packages(ssh: Ssh, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
