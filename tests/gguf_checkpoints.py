@@ -29,6 +29,10 @@ def write(family: str, out: Path, **shape: int) -> Path:
     maker(out, **shape, **({"tokenizer": gemma_tokenizer()} if family == "gemma3" else {}))
     if family == "gemma3":
         edit(out, lambda config: config["text_config"].update(sliding_window=20))
+        weights = load_file(out / "model.safetensors")
+        (table,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+        weights[table] *= 0.1  # it is scaled by the model again: an answer would repeat the last token
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     if family == "qwen2_5_vl":
         edit(out, lambda config: config["vision_config"].update(window_size=112))
     if family == "qwen3_vl":

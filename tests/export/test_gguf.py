@@ -28,6 +28,7 @@ from export.gguf_vocabulary import Kind  # noqa: E402
 from export.gguf_write import write as write_file  # noqa: E402
 from export.llamacpp import quantize, weight_bits  # noqa: E402
 from runtime import bundle, conformance  # noqa: E402
+from runtime.answer import Turn  # noqa: E402
 from runtime.errors import CheckpointError, InputError, ParityError, StateError  # noqa: E402
 from runtime.generation import GenerationOptions  # noqa: E402
 from runtime.gguf_library import FIDELITY, MOST_AT_ONCE, TextModel, VisionModel  # noqa: E402
@@ -133,15 +134,28 @@ def test_a_session_that_does_not_let_them_breaks_the_gate(
 
 
 def test_greedy_answers_are_the_checkpoints(checkpoints: dict[str, Path], bundles: dict[str, Path]) -> None:
-    """Whole answers of the session at its usual speed, with one picture, with two, and without."""
-    reference = TorchSession(checkpoints["gemma3"])
+    """Whole answers of the session at its usual speed: pictures in one turn, in a later one, in none."""
+    one, two = picture(), picture(1, (40, 90))
+    red, blue = ("what color?", "red", (one,)), ("and this?", "blue", (two,))
+    asked = [
+        ("what color?", [one], []),
+        ("a  circle\n\nyes or no?", [one, two], []),
+        ("and this?", [two], [red]),
+        ("sure?", [], [red, blue]),
+        ("is it red?", [], []),
+    ]
+    reference, seen = TorchSession(checkpoints["gemma3"]), set()
     with open_bundle(bundles["gemma3"], threads=1) as opened:
-        for images in ([picture()], [picture(1, (40, 90)), picture(2)], []):
-            for question in ("what color?", "is it red?\n\nyes or no?", "a  circle"):
-                wanted = reference.generate(images, question, SHORT.max_new_tokens)
-                got = opened.ask(images, question, SHORT).token_ids
-                assert list(got) == wanted, (len(images), question)
+        for question, images, turns in asked:
+            ours, theirs = (
+                [Turn(text, answer, tuple(map(each.prepare, shown))) for text, answer, shown in turns]
+                for each in (opened, reference)
+            )
+            wanted = reference.generate(images, question, SHORT.max_new_tokens, history=theirs)
+            assert list(opened.ask(images, question, SHORT, history=ours).token_ids) == wanted, question
+            seen |= set(wanted)
     reference.close()
+    assert len(seen) > 8, "an answer of one token would show little"
 
 
 def test_too_many_of_them_are_an_input_error(bundles: dict[str, Path]) -> None:
