@@ -121,6 +121,7 @@ def auto_quantize(
         )
         with tempfile.TemporaryDirectory(prefix="pocketvlm-auto-") as scratch:
             facts = onnx.on_disk(facts, Path(scratch))
+            facts.reference.close()
             opened.forget()
             search = _Search(facts, split, work, Path(scratch), max_drop, say)
             chosen = search.run()

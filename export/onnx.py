@@ -151,6 +151,7 @@ def export_onnx(
             examples=examples,
         )
         facts = on_disk(facts, Path(folder))
+        facts.reference.close()
         loaded.forget()
         storage.release()
         return write_bundles(facts, targets, names, Path(folder))

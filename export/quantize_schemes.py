@@ -119,8 +119,6 @@ def matmul_to_blocks(model: ir.Model, names: Iterable[str], bits: int, size: int
 
 def _blocks_of(name: str, weight: str, array: np.ndarray | None, bits: int, size: int) -> onnx.ModelProto:
     """A model of one MatMul after onnxruntime's quantizer, which copies whole models that it is given."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
     assert array is not None
     borders = [
         onnx.helper.make_tensor_value_info(side, onnx.TensorProto.FLOAT, ["rows", width])
@@ -133,7 +131,9 @@ def _blocks_of(name: str, weight: str, array: np.ndarray | None, bits: int, size
         borders[1:],
         [onnx.numpy_helper.from_array(np.ascontiguousarray(array), weight)],
     )
-    with _quiet_root():
+    with quiet_root():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
         quantizer = MatMulNBitsQuantizer(
             onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]),
             bits=bits,
@@ -195,12 +195,16 @@ def drop_unused_weights(model: ir.Model) -> None:
             del model.graph.initializers[name]
 
 
-class _quiet_root:
-    """The quantizers log to the root logger (some at warning level, about shape inference)."""
+class quiet_root:
+    """The quantizers log to the root logger, and importing one of them sets it to print every remark of all."""
 
     def __enter__(self) -> None:
-        self._level = logging.getLogger().level
-        logging.getLogger().setLevel(logging.ERROR)
+        root = logging.getLogger()
+        self._level, self._handlers = root.level, list(root.handlers)
+        root.setLevel(logging.ERROR)
+        root.addHandler(logging.NullHandler())  # with any handler, basicConfig does nothing
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger().setLevel(self._level)
+        root = logging.getLogger()
+        root.handlers[:] = self._handlers
+        root.setLevel(self._level)

@@ -56,6 +56,7 @@ def export_static(
     loaded = load(checkpoint)
     space.check(loaded, dict.fromkeys(targets.values(), resolve("fp32")))  # the most that a precision takes
     facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan)
+    facts.reference.close()
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch, space.told(Path(scratch)):
         plain = Path(scratch) / "fp32"
         if "fp32" not in targets:
@@ -119,7 +120,8 @@ def record(facts: Facts, scratch: Path) -> dict[str, Feeds]:
     if not plain.exists():
         write_files(facts, plain, facts.graphs)
     with Session.from_manifest(plain, draft(facts, plain, "fp32", "calibration"), threads=1) as session:
-        return static_qdq.record(session, facts.cases)
+        later = onnx.expected_of(facts).later
+        return static_qdq.record(session, facts.cases, None if later is None else later.talk)
 
 
 def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> None:

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from evals.parity.parity import ParityCase, forced_logits
-from export import audit
+from export import audit, gate_turns
 from export import quantize as rules
 from export.passes import add_initializer, constant
-from export.quantize_schemes import _quiet_root
+from export.quantize_schemes import quiet_root
 from runtime.errors import InputError, ParityError
 from runtime.image import ImageFeatures, join_features
 from runtime.positions import position_ids
@@ -103,10 +103,12 @@ class Feed:
 Feeds = list[Feed]
 
 
-def record(session: Session, cases: Sequence[ParityCase]) -> dict[str, Feeds]:
-    """What each part is fed while the session answers the cases with their forced tokens.
+def record(
+    session: Session, cases: Sequence[ParityCase], talk: gate_turns.Conversation | None = None
+) -> dict[str, Feeds]:
+    """What each part is fed while the session answers the cases with their forced tokens, and a conversation.
 
-    The beginning of every prompt then goes through the graph of one token as well.
+    Later turns reach values that no first turn has; a range without them cuts those off. The beginning of every prompt then goes through the graph of one token as well.
     """
     backend = session.backend
     assert isinstance(backend, StaticBackend)
@@ -133,6 +135,8 @@ def record(session: Session, cases: Sequence[ParityCase]) -> dict[str, Feeds]:
             ids = session.prompt_ids(case.question, pictures)
             forced_logits(session, ids, features, case.forced)
             _replay(session, ids[:REPLAYED], features)
+        if talk is not None:
+            gate_turns.going_on(session, talk)
     finally:
         del backend.run
     return found
@@ -196,7 +200,7 @@ def quantize(model: ir.Model, role: str, recipe: Recipe, feeds: Feeds) -> ir.Mod
         node.name = f"{node.op_type}_{index}"
     if recipe.activation_bits == 16:
         named.opset_imports[""] = OPSET_16_BIT
-    with tempfile.TemporaryDirectory() as folder, _quiet_root():
+    with tempfile.TemporaryDirectory() as folder, quiet_root():
         source, out = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
         ir.save(named, source, external_data="in.data")
         apply = _tensorrt if recipe.provider == "tensorrt" else _qnn

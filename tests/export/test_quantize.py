@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,17 @@ def test_matmuls_of_one_input_round_it_once() -> None:
     graph.outputs.append(_add(graph, ir.node("MatMul", [graph.inputs[0], other], name="second"), "z"))
     kinds = [node.op_type for node in rounded(model, "int8-dynamic").graph]
     assert (kinds.count("DynamicQuantizeLinear"), kinds.count("MatMulInteger")) == (1, 2)
+
+
+def test_a_quantizer_of_onnxruntime_leaves_the_logs_alone() -> None:
+    """Importing it sets the root logger to print every remark of every library, with its stack."""
+    code = (
+        "import logging; from tests.export import test_quantize as t\n"
+        "t.rounded(t.chain(t.RANDOM.standard_normal((64, 8))), 'int4-block32')\n"
+        "assert not logging.root.handlers and logging.root.level == logging.WARNING"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-block32", "int8-block64"])

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AttentionInterface
 
+import export
 import runtime
 from evals.torch_session import TorchSession
 from export import audit, limits, static, static_bundle, static_decoder, static_files, static_qdq, targets
@@ -446,3 +447,11 @@ def test_the_command_writes_a_targets_bundle(tiny_checkpoint: Path, tmp_path: Pa
         assert min(entry.bits for entry in part.bits) == row.bits[role]
     assert facts["cache_bytes_per_1000_tokens"] == sum(state.bytes(1000) for state in manifest.state)
     assert facts["bytes"] == sum(file.bytes for file in {f.path: f for f in manifest.files()}.values())
+
+
+def test_the_phone_target_takes_a_conversation(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Its ranges are calibrated on later turns too: cut off there, they failed the gate at full context."""
+    plan = targets.plan_for("android")
+    out = export.export_checkpoint(tiny_checkpoint, tmp_path / "phone", precision="qdq-a16w8", plan=plan)
+    figures = bundle.read(out).parity.figures
+    assert figures["twin_later_logit_rms_error"] < 0.1
