@@ -43,16 +43,14 @@ BUNDLE, CASE = "bundle", "case"
 class Case:
     """One measurement. `files`: by their path on the phone; `parts`: files of the bundle, by theirs.
 
-    What the session here answers, stop or not: `tokens`, the same as `text`, and the first step's `logits`
-    (vocabulary,). `logit_tolerance`: by how much the bundle lets logits differ between processors.
+    What the session here answers, stop or not: `tokens`, and the first step's `logits` (vocabulary,).
+    `logit_tolerance`: by how much the bundle lets logits differ between processors.
     """
 
-    backend: str
     plan: str
     files: dict[str, bytes]
     parts: dict[str, Path]
     tokens: tuple[int, ...]
-    text: str
     logits: NDArray[np.float32]
     logit_tolerance: float
     prompt_tokens: int
@@ -116,12 +114,10 @@ def make(bundle: Path, image: Path, question: str, policy: Policy) -> Case:
             *_prompt(session, ids, picture),
         ]
         return Case(
-            backend=BACKENDS[manifest.format],
             plan="\n".join(lines) + "\n",
             files=files,
             parts={f"{BUNDLE}/{path}": bundles.locate(bundle, path) for path in _paths(manifest)},
             tokens=tuple(answer.token_ids),
-            text=answer.text,
             logits=logits,
             logit_tolerance=max(case.logit_tolerance for case in conformance.read(bundle)),
             prompt_tokens=len(ids),
