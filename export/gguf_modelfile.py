@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from runtime.files import write_text
 from runtime.manifest import Manifest
 from runtime.prompt import load_tokenizer
@@ -31,9 +33,8 @@ def write(staged: Path, manifest: Manifest, remark: str = "") -> None:
         return f"{piece.before}{{{{ .Prompt }}}}{piece.after}" if isinstance(piece, QuestionSlot) else ""
 
     prompt = manifest.prompt
-    template = (
-        text(prompt.system) + "".join(map(segment, prompt.user)) + text(prompt.assistant) + "{{ .Response }}"
-    )
+    opening = text(_without_begin(prompt.system, tokenizer)) + "".join(map(segment, prompt.user))
+    template = f"{opening}{text(prompt.assistant)}{{{{ .Response }}}}"
     stops = [f"PARAMETER stop {_quoted(text((stop,)))}" for stop in manifest.tokenizer.stop_ids]
     lines = [
         "# Not tried with Ollama: written from the chat template, see docs/gguf.md.",
@@ -45,6 +46,13 @@ def write(staged: Path, manifest: Manifest, remark: str = "") -> None:
         "PARAMETER temperature 0",
     ]
     write_text(staged / NAME, "\n".join(lines) + "\n")
+
+
+def _without_begin(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The opening without what llama.cpp puts before every text by itself, as this tokenizer does."""
+    plain, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    begin = tuple(full[: full.index(plain[0])]) if plain and plain[0] in full else ()
+    return ids[len(begin) :] if begin == ids[: len(begin)] else ids
 
 
 def _quoted(text: str) -> str:

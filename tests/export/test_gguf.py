@@ -18,9 +18,10 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 import torch  # noqa: E402
+from tokenizers import processors  # noqa: E402
 
 from evals.torch_session import TorchSession  # noqa: E402
-from export import export_all, gguf_gate, llamacpp  # noqa: E402
+from export import export_all, gguf_gate, gguf_modelfile, llamacpp  # noqa: E402
 from export.checkpoint import load as load_checkpoint  # noqa: E402
 from export.gguf import _OTHERS, _needed, export_gguf, plan_files  # noqa: E402
 from export.gguf_kinds import DIRECT, KINDS, QUANTIZED, Request, TensorRule  # noqa: E402
@@ -34,6 +35,7 @@ from runtime.generation import GenerationOptions  # noqa: E402
 from runtime.gguf_library import FIDELITY, MOST_AT_ONCE, TextModel, VisionModel  # noqa: E402
 from runtime.gguf_library import load as load_library  # noqa: E402
 from runtime.gguf_session import GgufBackend  # noqa: E402
+from runtime.prompt import load_tokenizer  # noqa: E402
 from runtime.providers import RunSettings  # noqa: E402
 from runtime.session import Session, open_bundle  # noqa: E402
 from tests import gguf_checkpoints  # noqa: E402
@@ -471,6 +473,23 @@ def test_what_stops_llama_cpps_own_tools_is_told(bundles: dict[str, Path]) -> No
     """They look up a token of two newlines, which this tokenizer does not have."""
     assert "no token '\\n\\n'" in (bundles["smolvlm"] / "Modelfile").read_text()
     assert "own tools" not in (bundles["internvl"] / "Modelfile").read_text()
+
+
+def test_a_modelfile_leaves_the_first_token_to_llama_cpp(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Which puts it before every text where the tokenizer does."""
+    manifest = bundle.read(bundles["smolvlm"])
+    tokenizer = load_tokenizer(bundles["smolvlm"] / "tokenizer.json")
+    begin = manifest.prompt.system[0] if manifest.prompt.system else tokenizer.token_to_id("<|im_start|>")
+    text, rest = tokenizer.id_to_token(begin), manifest.prompt.system[1:]
+    prompt = manifest.prompt.model_copy(update={"system": (begin, *rest)})
+    written = {}
+    for adds in (False, True):
+        if adds:
+            tokenizer.post_processor = processors.TemplateProcessing(f"{text} $A", None, [(text, begin)])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        gguf_modelfile.write(tmp_path, manifest.model_copy(update={"prompt": prompt}))
+        written[adds] = (tmp_path / "Modelfile").read_text().split('TEMPLATE """')[1]
+    assert written[False] == text + written[True]
 
 
 # --- damage -----------------------------------------------------------
