@@ -7,6 +7,7 @@ Not here: onnxruntime-genai itself, which export does not need (tests/export/tes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +27,58 @@ from runtime.session import Session
 STEPS = 2
 """Tokens after the prompt."""
 
-MOST = 1e-5
-"""Of the largest logit: the same nodes over the same weights, optimised as other graphs."""
+MOST, MOST_ROUNDED = 1e-5, 1e-2
+"""Of the largest logit: the same nodes over the same weights, optimised as other graphs. Where activations
+are rounded, a sum in another order can move one to the next step; equal logits were seen there too."""
 
 _FAULT = "this is a fault of the exporter, report it"
 
 
-def check(bundle: Path, draft: Manifest, cases: Sequence[ParityCase]) -> float:
+@dataclass(frozen=True)
+class _Prompt:
+    """ids (S,), positions (rows, S + forced), and the parts' logits (1 + forced, vocab)."""
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    pictures: Sequence[PreparedImage]
+    forced: Sequence[int]
+    logits: NDArray[np.float32]
+
+
+def check(bundle: Path, draft: Manifest, cases: Sequence[ParityCase], *, exact: bool = True) -> float:
     """Largest difference of logits over the largest logit, on a prompt for each number of pictures.
 
     Every view goes through the vision graph alone, tiles too (which its image processor does not cut).
-    Raises ParityError above `MOST`, or when a graph does not run.
+    Raises ParityError above `MOST` (or `MOST_ROUNDED`, unless `exact`), or when a graph does not run.
     """
+    most = MOST if exact else MOST_ROUNDED
     chosen = {len(case.images): case for case in reversed(cases)}
     one = draft.model_copy(update={"parts": tuple(p for p in draft.parts if p.role != "decoder_prefill")})
-    worst = 0.0
-    with Session.from_manifest(bundle, one, threads=1) as session, _Chain(bundle, one) as chain:
-        for case in chosen.values():
-            pictures = [session.prepare(each) for each in case.images]
-            ids = session.prompt_ids(case.question, pictures)
-            forced = case.forced[:STEPS]
-            wanted = [session.prefill(ids, [session.encode_image(each) for each in pictures])]
-            wanted += [session.decode(token) for token in forced]
-            positions = session.positions(np.concatenate([ids, np.array(forced, np.int64)]), pictures)
-            try:
-                got = chain.run(ids, positions, pictures, forced)
-            except Exception as error:  # onnxruntime has a class for each status
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ParityError(
-                    f"{bundle.name}: onnxruntime-genai's graphs do not run ({first}); {_FAULT}"
-                ) from error
-            worst = max(worst, rel_diff(np.stack(wanted), got))
-    if not worst <= MOST:
+    with Session.from_manifest(bundle, one, threads=1) as session:
+        prompts = [_asked(session, case) for case in chosen.values()]
+    try:  # after the session is closed: both hold the weights
+        chain = _Chain(bundle, one)
+        worst = max(rel_diff(prompt.logits, chain.run(prompt)) for prompt in prompts)
+    except Exception as error:  # onnxruntime has a class for each status
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ParityError(
+            f"{bundle.name}: onnxruntime-genai's graphs do not run ({first}); {_FAULT}"
+        ) from error
+    if not worst <= most:
         raise ParityError(
             f"{bundle.name}: onnxruntime-genai's graphs give logits {worst:.2g} of the largest away from the "
-            f"parts', at most {MOST:.0e} expected; {_FAULT}"
+            f"parts', at most {most:.0e} expected; {_FAULT}"
         )
     return worst
+
+
+def _asked(session: Session, case: ParityCase) -> _Prompt:
+    pictures = [session.prepare(each) for each in case.images]
+    ids, forced = session.prompt_ids(case.question, pictures), case.forced[:STEPS]
+    logits = [session.prefill(ids, [session.encode_image(each) for each in pictures])]
+    logits += [session.decode(token) for token in forced]
+    positions = session.positions(np.concatenate([ids, np.array(forced, np.int64)]), pictures)
+    return _Prompt(ids, positions, pictures, forced, np.stack(logits))
 
 
 class _Chain:
@@ -78,25 +94,14 @@ class _Chain:
         )
         self._draft, self._width = draft, int(model["decoder"]["hidden_size"])
 
-    def __enter__(self) -> _Chain:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._vision, self._embed, self._decoder
-
-    def run(
-        self,
-        ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        pictures: Sequence[PreparedImage],
-        forced: Sequence[int],
-    ) -> NDArray[np.float32]:
-        """Logits (1 + forced, vocab) after ids (S,) at positions (rows, S + forced)."""
+    def run(self, prompt: _Prompt) -> NDArray[np.float32]:
+        """Logits (1 + forced, vocab)."""
+        forced = [np.array([token], np.int64) for token in prompt.forced]
         state = {each.input: _empty(each.shape, each.dtype) for each in self._draft.state}
-        features, begin, found = self._features(pictures), 0, []
-        for step in (ids, *(np.array([token], np.int64) for token in forced)):
+        features, begin, found = self._features(prompt.pictures), 0, []
+        for step in (prompt.ids, *forced):
             end = begin + len(step)
-            place = positions[:, None, begin:end]
+            place = prompt.positions[:, None, begin:end]
             rows = {"input_ids": step[None], "image_features": features}
             feeds = {
                 "inputs_embeds": self._embed.run(None, rows)[0],

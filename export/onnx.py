@@ -42,7 +42,7 @@ from export.families import Family, check_type, family_of, without_tiles
 from export.gate_cases import GateReference
 from export.gate_expected import Expected
 from export.graphs import ROLES, trace_all
-from export.quantize import fallbacks, quantize, resolve, suffix, weight_bits
+from export.quantize import Policy, fallbacks, quantize, resolve, suffix, weight_bits
 from export.quantize_facts import min_onnxruntime
 from export.static_decoder import StaticSizes
 from export.targets import Plan
@@ -140,7 +140,9 @@ def export_onnx(
     say("reading the checkpoint")
     check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
     loaded = load(checkpoint)
-    space.check(loaded, {path: resolve(precision) for precision, path in targets.items()})
+    policies = {path: resolve(precision) for precision, path in targets.items()}
+    check_cache(loaded, list(policies.values()))
+    space.check(loaded, policies)
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as folder, space.told(Path(folder)):
         facts = prepare(
             loaded,
@@ -155,6 +157,17 @@ def export_onnx(
         loaded.forget()
         storage.release()
         return write_bundles(facts, targets, names, Path(folder))
+
+
+def check_cache(checkpoint: Checkpoint, policies: Sequence[Policy]) -> None:
+    """Raises CheckpointError for int8 keys and values where calibration cannot see them."""
+    causal = isinstance(family_of(checkpoint).attention(checkpoint), CausalAttention)
+    for policy in policies:
+        if not causal and any(rule.scheme == "int8-kv" for rule in policy.rules):
+            raise CheckpointError(
+                f"{checkpoint.path}: int8 keys and values ({policy.name}) are not offered where a picture's "
+                "tokens see each other; leave -kv8 out"
+            )
 
 
 def on_disk(facts: Facts, scratch: Path) -> Facts:
@@ -262,13 +275,6 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     policy = resolve(precision)
     precision, exact = policy.name, all(rule.scheme == "keep" for rule in policy.rules)
     calibration = None
-    if any(rule.scheme == "int8-kv" for rule in policy.rules) and not isinstance(
-        facts.family.attention(facts.checkpoint), CausalAttention
-    ):
-        raise CheckpointError(
-            f"{facts.checkpoint.path}: int8 keys and values ({precision}) are not offered where a picture's "
-            "tokens see each other; leave -kv8 out"
-        )
     if policy.calibrated:
         facts.say(f"{precision}: calibrating on {len(facts.examples or facts.cases)} prompts")
         calibration = calibration_of(facts, scratch)
@@ -303,7 +309,7 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     if elsewhere:
         facts.say(f"{precision}: files for onnxruntime-genai")
         genai.write(staged, draft, facts.family, facts.checkpoint)
-        genai_check.check(staged, draft, facts.cases)
+        genai_check.check(staged, draft, facts.cases, exact=exact)
     if draft.target == browser_package.TARGET:
         browser_package.write(staged, draft)
     bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
