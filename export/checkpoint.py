@@ -131,7 +131,10 @@ def load(path: Path) -> Checkpoint:
             )
             processor = AutoProcessor.from_pretrained(path, **common)
     except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
-        raise CheckpointError(f"{path}: transformers cannot load it: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path}: transformers cannot load it: {_first_line(error)}; copy it again, or save it again "
+            "with save_pretrained"
+        ) from error
     model, info = loaded
     if absent := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
         raise CheckpointError(

@@ -196,7 +196,7 @@ def drop_unused_weights(model: ir.Model) -> None:
 
 
 class quiet_root:
-    """The quantizers log to the root logger, and importing one of them sets it to print every remark of all."""
+    """The quantizers log to the root logger, and importing one sets it to print every remark of everybody."""
 
     def __enter__(self) -> None:
         root = logging.getLogger()

@@ -108,7 +108,8 @@ def record(
 ) -> dict[str, Feeds]:
     """What each part is fed while the session answers the cases with their forced tokens, and a conversation.
 
-    Later turns reach values that no first turn has; a range without them cuts those off. The beginning of every prompt then goes through the graph of one token as well.
+    Later turns reach values that no first turn has; a range without them cuts those off. The beginning of
+    every prompt then goes through the graph of one token as well.
     """
     backend = session.backend
     assert isinstance(backend, StaticBackend)
