@@ -66,6 +66,8 @@ def spellings(spec: PromptSpec, tokenizer: Tokenizer, names: Sequence[str]) -> l
     """
     if not names:
         raise InputError("choices: got none; give one or more")
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise InputError(f"choices: got {odd[0]!r}, expected texts")
     if empty := [name for name in names if not name.strip()]:
         raise InputError(f"choices: {empty[0]!r} is empty; give texts")
     leads = [spec.later.answer_before] if spec.later else ["", " "]

@@ -142,6 +142,8 @@ def _command(chat: Chat, words: str) -> bool:
         chat.show(Path(rest.strip()))
     elif verb == "/undo":
         chat.undo()
+    elif verb.startswith("/"):
+        raise InputError(f"{verb}: is no command; {COMMANDS}")
     else:
         return False
     return True

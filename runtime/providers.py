@@ -6,6 +6,7 @@ Not here: running a part (`runtime/onnx_session.py`).
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +89,7 @@ class PartOpener:
         self._order = [*asked, CPU]
         self._roles: dict[str, list[str]] = {name: [] for name in self._order}
         self._reasons: dict[str, list[str]] = {
-            name: [f"not in this build of onnxruntime {self.ort.__version__}"]
-            for name in asked
-            if name not in available
+            name: [_absent(self.ort, name)] for name in asked if name not in available
         }
 
     def open(self, directory: Path, part: Part) -> Any:
@@ -138,6 +137,17 @@ class PartOpener:
 
     def _skip(self, name: str, role: str, reason: str) -> None:
         self._reasons.setdefault(name, []).append(f"{role}: {reason}")
+
+
+def _absent(ort: Any, name: str) -> str:
+    """Why a provider that is not there is not: left out of this build, or no name that onnxruntime knows."""
+    known = ort.get_all_providers()
+    if name in known:
+        return f"not in this build of onnxruntime {ort.__version__}"
+    near = [each for each in known if each.lower().startswith(name.lower())]
+    near = near or difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"onnxruntime {ort.__version__} knows no provider of this name{hint}"
 
 
 def import_onnxruntime() -> Any:

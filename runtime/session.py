@@ -235,6 +235,8 @@ class Session(Answering):
         """
         if choices is None:
             return super().ask(source, question, options, history=history, cancel=cancel)
+        if isinstance(choices, str):  # its letters would be the choices
+            raise InputError(f"choices: got the text {choices!r}, expected a list of texts")
         return self._keep(self._choose(Run(options, cancel), source, question, history, tuple(choices)))
 
     def ask_batch(

@@ -72,7 +72,17 @@ def test_run_chats_over_stdin(tiny_bundle: Path, photo: Path, session: Any) -> N
     wanted.append(chat.ask("is it big?", options))
     chat.undo()
     wanted.append(chat.ask("is it red?", options))
-    lines = ["is it big?", "", "/undo", "is it red?", "why? " * 300, "/image absent.png", "/exit", "no"]
+    lines = [
+        "is it big?",
+        "",
+        "/undo",
+        "is it red?",
+        "why? " * 300,
+        "/image absent.png",
+        "/imge x",
+        "/exit",
+        "no",
+    ]
     arguments = ("run", tiny_bundle, "--image", photo, QUESTION, "--chat", "--json", "--max-new-tokens", "4")
     done = call(*arguments, input="\n".join(lines))
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -80,6 +90,7 @@ def test_run_chats_over_stdin(tiny_bundle: Path, photo: Path, session: Any) -> N
     assert found[1]["reused_tokens"] > found[0]["prompt_tokens"]
     assert "pocketvlm: prompt: needs" in done.stderr
     assert "pocketvlm: absent.png: cannot be read" in done.stderr
+    assert "pocketvlm: /imge: is no command; /image FILE" in done.stderr
     plain = call(*(each for each in arguments if each != "--json"), input="is it big?")
     assert plain.stdout.splitlines() == [each.text.strip() for each in wanted[:2]]
 

@@ -115,9 +115,11 @@ def ids_of(session: Session, text: str) -> list[int]:
         (["red", ""], "choices: '' is empty"),
         (["red", " "], "choices: ' ' is empty"),
         (["red", "blue", "red"], "choices: 'red' and 'red' are the same answer"),
+        ("red", "choices: got the text 'red', expected a list"),
+        (["red", 3], "choices: got 3, expected texts"),
     ],
 )
-def test_wrong_choices(ours: Session, given: list[str], words: str) -> None:
+def test_wrong_choices(ours: Session, given: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         ours.ask(png(), QUESTION, choices=given)
 
@@ -353,6 +355,15 @@ def test_a_skipped_provider_has_a_reason(tiny_bundle: Path, session: Session) ->
             assert not report.used
             assert report.line().startswith(f"{report.name}: skipped (not in this build of onnxruntime 1.")
         assert opened.ask(png(), QUESTION, SHORT).token_ids == session.ask(png(), QUESTION, SHORT).token_ids
+
+
+def test_a_misspelt_provider_is_told_its_name(tiny_bundle: Path) -> None:
+    asked = ["cuda", "QNNExecutionProvidr", "mine"]
+    with open_bundle(tiny_bundle, threads=1, verify=False, providers=asked) as opened:
+        cuda, qnn, mine, _ = [report.line() for report in opened.providers]
+    assert "knows no provider of this name; did you mean CUDAExecutionProvider?)" in cuda
+    assert "did you mean QNNExecutionProvider?)" in qnn
+    assert mine.endswith("knows no provider of this name)")
 
 
 def test_a_provider_that_fails_names_the_first_line(
