@@ -155,6 +155,7 @@ class Work:
     def __init__(self, facts: Facts, files: Files, request: Request, scratch: Path) -> None:
         self.facts, self.files, self.request, self.scratch = facts, files, request, scratch
         self._columns: Mapping[str, NDArray[np.float32]] | None = None
+        self.wanted = gguf_gate.record(facts)
         self._proved = False  # that the float32 files are the checkpoint's
 
     def build(self, staged: Path, kind: str, name: str) -> None:
@@ -171,9 +172,9 @@ class Work:
         facts.say(f"{kind}: parity gate")
         base = {} if kind == "f32" else {"text_model": self._base(), "mmproj": self._base_vision()}
         if kind not in _NARROW and not self._proved:
-            gguf_gate.check_base(facts, base, draft)
+            gguf_gate.check_base(facts, self.wanted, base, draft)
             self._proved = True
-        parity = gguf_gate.check(facts, staged, draft, kind, base)
+        parity = gguf_gate.check(facts, self.wanted, staged, draft, kind, base)
         facts.say(f"{kind}: conformance vectors")
         vectors = onnx.write_conformance(facts, staged, draft, gguf_gate.SPREAD)
         bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)

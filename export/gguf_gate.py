@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 from tokenizers import Tokenizer
 
-from evals.parity.parity import ParityResult, compare
+from evals.parity.parity import ParityResult, Side, compare_sides, side
 from export import gate, proof
 from export.gate import Limit
 from export.onnx import Facts
@@ -53,8 +53,22 @@ _PIECES = (
 )  # fmt: skip
 
 
-def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Mapping[str, Path]) -> Parity:
-    """Hold the files in `staged` against the checkpoint. `base`: by role the float32 files of rounded ones.
+def record(facts: Facts) -> tuple[Side, ...]:
+    """What the checkpoint gives for each case: the same for files of every type."""
+    reference = _WithoutPixels(facts.reference)
+    return tuple(side(reference, case) for case in facts.cases)
+
+
+def check(
+    facts: Facts,
+    wanted: Sequence[Side],
+    staged: Path,
+    draft: Manifest,
+    kind: str,
+    base: Mapping[str, Path],
+) -> Parity:
+    """Hold the files in `staged` against what the checkpoint gave. `base`: by role the float32 files of
+    rounded ones.
 
     What small types cost in answers is for the evaluation to judge: below 8 bits the text model's logits have
     no limit, its weights have. Raises ParityError or BundleError.
@@ -66,7 +80,7 @@ def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Mapping[
     figures: dict[str, float] = {}
     for role, plain in base.items():
         figures[f"{role}_weight_rms_error"] = same_but_rounded(plain, paths[role], kind)
-    text, whole = _measure(facts, staged, draft)
+    text, whole = _measure(facts, wanted, staged, draft)
     limits = {}
     for result, limit in (
         (whole, _vision_limit(draft)),
@@ -86,27 +100,31 @@ def check(facts: Facts, staged: Path, draft: Manifest, kind: str, base: Mapping[
     )
 
 
-def check_base(facts: Facts, base: Mapping[str, Path], draft: Manifest) -> None:
+def check_base(facts: Facts, wanted: Sequence[Side], base: Mapping[str, Path], draft: Manifest) -> None:
     """Hold the float32 files of both roles, in one directory, against the checkpoint. Raises ParityError.
 
     `draft`: the manifest of files that are rounded from them; all but its parts is theirs, too.
     """
     parts = tuple(part.model_copy(update={"path": base[part.role].name}) for part in draft.parts)
-    text, whole = _measure(facts, base["text_model"].parent, draft.model_copy(update={"parts": parts}))
+    directory, draft = base["text_model"].parent, draft.model_copy(update={"parts": parts})
+    text, whole = _measure(facts, wanted, directory, draft)
     reason = "the float32 file that this type is rounded from"
     _judge(whole, Limit("feature_rms_error", _VISION_RMS["f32"], reason))
     _judge(text, Limit("logit_rms_error", _TEXT_RMS["f32"], reason))
 
 
-def _measure(facts: Facts, directory: Path, draft: Manifest) -> tuple[ParityResult, ParityResult]:
+def _measure(
+    facts: Facts, wanted: Sequence[Side], directory: Path, draft: Manifest
+) -> tuple[ParityResult, ParityResult]:
     """(text model on the checkpoint's features, both parts) of the files in `directory`."""
     tokenizer = load_tokenizer(facts.checkpoint.path / "tokenizer.json")
     backend = GgufBackend(directory, draft, RunSettings(threads=1), context_of(facts, draft), FIDELITY)
     with Session(draft, backend, tokenizer, max_context=draft.limits.context, reuse=False) as session:
         check_tokenizer(tokenizer, backend.text, facts.checkpoint.path)
-        reference = _WithoutPixels(facts.reference)
-        text = compare(reference, _OnReferenceFeatures(session, facts.reference), facts.cases)
-        whole = compare(reference, _WithoutPixels(session), facts.cases)
+        given = (_OnReferenceFeatures(session, facts.reference), _WithoutPixels(session))
+        text, whole = (
+            compare_sides(wanted, (side(each, case) for case in facts.cases), facts.cases) for each in given
+        )
     return text, whole
 
 
