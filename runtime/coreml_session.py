@@ -103,11 +103,10 @@ class CoremlBackend:
         self._engine.close()
 
     def _sizes(self, left: int) -> Iterator[int]:
-        """Tokens of each run: a full chunk, or a padded one where nothing remembers the padding."""
+        """Tokens of each run: a chunk, padded when it is not full, as long as it lies within the context."""
         most, place = self._coreml.chunk, self._length
         while left:
-            fits = place + most <= self._coreml.context
-            size = min(left, most) if fits and (left >= most or self.rewindable) else 1
+            size = min(left, most) if place + most <= self._coreml.context else 1
             yield size
             place, left = place + size, left - size
 

@@ -3,7 +3,7 @@
 Its model is nobody's, but small enough to say in one line what it must answer: every token adds its embedding
 times its position plus one (and deepstack's features) to a sum, and the logits are that sum over all tokens
 so far. Values are small whole numbers, so float16 is exact and tests compare exactly. With `conv` the sum is
-kept as such, in a state that remembers padding; without, it is made from a cache each time.
+kept as such, in a state that cannot go back and ends at `last`; without, it is made from a cache each time.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _decoder_function(count: int, vocabulary: int, value: bytes, conv: bool, lay
         ]
         source = "with_stack"
     weighted.append(write.operation("mul", {"x": source, "y": "factor"}, {"new": tokens}))
-    steps = [*weighted, *(_conv_sum(cache) if conv else _cached_sum(count, cache))]
+    steps = [*weighted, *(_conv_sum(count, cache) if conv else _cached_sum(count, cache))]
     steps += [
         write.operation("linear", {"x": "sum", "weight": "head"}, {"row": ("float16", (1, vocabulary))}),
         write.operation(
@@ -136,12 +136,20 @@ def _decoder_function(count: int, vocabulary: int, value: bytes, conv: bool, lay
     return write.function(inputs, steps, ["logits"], states={"cache": cache})
 
 
-def _conv_sum(cache: write.Type) -> list[bytes]:
-    """sum = old + (new + 1) over all tokens given, padding too; the ones are not taken away again."""
+def _conv_sum(count: int, cache: write.Type) -> list[bytes]:
+    """sum = old + (new + 1) over the tokens up to `last`; the ones tell how many there were."""
+    places: write.Type = ("int32", (count,))
     return [
+        write.number("places", np.arange(count)),
         write.operation("read_state", {"input": "cache"}, {"old": cache}),
         write.operation("add", {"x": "new", "y": "one"}, {"more": ("float16", (1, None, HIDDEN))}),
-        write.operation("reduce_sum", {"x": "more", "axes": "second_axis"}, {"all": cache}),
+        write.operation("less_equal", {"x": "places", "y": "last"}, {"seen": ("bool", places[1])}),
+        write.operation("cast", {"x": "seen", "dtype": "fp16"}, {"mask": ("float16", places[1])}),
+        write.operation(
+            "expand_dims", {"x": "mask", "axes": "second_axis"}, {"tall": ("float16", (count, 1))}
+        ),
+        write.operation("mul", {"x": "more", "y": "tall"}, {"shown": ("float16", (1, None, HIDDEN))}),
+        write.operation("reduce_sum", {"x": "shown", "axes": "second_axis"}, {"all": cache}),
         write.operation("add", {"x": "old", "y": "all"}, {"sum": cache}),
         write.operation("write_state", {"input": "cache", "data": "sum"}, {}),
     ]

@@ -142,7 +142,7 @@ def test_an_image_token_that_was_generated_is_text(backend: CoremlBackend) -> No
     np.testing.assert_array_equal(backend.extend(ids, places(0, 1), ()), wanted(ids))
 
 
-# --- a state that remembers padding -----------------------------------
+# --- a state that cannot go back --------------------------------------
 
 
 def conv_wanted(ids: Array) -> Array:
@@ -155,6 +155,16 @@ def test_a_convolution_sees_no_padding(conv: CoremlBackend, count: int) -> None:
     ids = text(count)
     conv.rewind(0)
     np.testing.assert_array_equal(conv.extend(ids, places(0, count), ()), conv_wanted(ids))
+
+
+def test_a_convolution_takes_the_end_of_a_prompt_as_one_chunk(conv: CoremlBackend) -> None:
+    """Token by token, a prompt's last half chunk would cost as many runs as it has tokens."""
+    conv.rewind(0)
+    assert list(conv._sizes(2 * CHUNK - 1)) == [CHUNK, CHUNK - 1]
+    ids = text(CHUNK + 5)
+    conv.extend(ids[: CHUNK - 1], places(0, CHUNK - 1), ())  # padded, and more behind it
+    found = conv.extend(ids[CHUNK - 1 :], places(CHUNK - 1, 6), ())
+    np.testing.assert_array_equal(found, conv_wanted(ids))
 
 
 def test_a_convolution_goes_back_to_marks(conv: CoremlBackend) -> None:

@@ -52,11 +52,8 @@ final class RunningSequence {
 
     /// How many of the tokens that are left go into the next run.
     private func count(left: Int) -> Int {
-        let chunk = stateful.chunk
-        if left >= chunk && length + chunk <= stateful.context { return chunk }
-        // padding would go into a state that cannot be cut back, or beyond the end of the others
-        let alone = manifest.states.contains { !$0.isRewindable } || length + chunk > stateful.context
-        return alone ? 1 : left
+        // beyond the context there is no room for padding
+        length + stateful.chunk <= stateful.context ? min(left, stateful.chunk) : 1
     }
 
     /// One run; `order`: which image feature each token takes, nil for text.
