@@ -118,7 +118,7 @@ def bench(
     if results is not None and on is not None:
         raise InputError("--import and --on: one of the two; results are read, or measured on a device")
     if results is not None:
-        found = bench_import.read(results, bundles or ())
+        found = bench_import.read(results, bundles or (), device_name)
     elif on is not None:
         from evals.remote import remote
 

@@ -21,13 +21,16 @@ FACTS = (
 """What the bundle itself knows better than who measured it; the units that ran its parts are kept."""
 
 
-def read(path: Path, bundles: Sequence[Path] = ()) -> BenchResults:
+def read(path: Path, bundles: Sequence[Path] = (), device_name: str | None = None) -> BenchResults:
     """Read, check and complete. `bundles`: directories here, found in the file by their manifest's hash.
 
+    device_name: what a fleet's matrix is to call the device; phones of one model call themselves alike.
     A result without a hash is joined by name. Raises InputError when the file is faulty, or a bundle is not
     in it: then something else was measured than what is here.
     """
     found = bench_results.read(path)
+    if device_name is not None:
+        found = found.model_copy(update={"device": found.device.model_copy(update={"name": device_name})})
     joined = list(found.bundles)
     for facts in bench_facts.read(bundles, any_format=True) if bundles else ():
         index = _place(facts, joined, path)

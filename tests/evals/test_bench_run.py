@@ -30,6 +30,7 @@ from evals.bench.bench_task import Outcome, Task
 from runtime import bundle as bundles
 from runtime import conformance
 from runtime.errors import BundleError, InputError, PocketError
+from tests.cli import call
 from tests.evals import bench_data
 
 POLICY = Policy(rounds=2, warmup=1, repeats=3, decode_tokens=4, threads=1)
@@ -368,6 +369,14 @@ def test_results_of_a_phone_are_completed_and_joined(tiny_bundle: Path, tmp_path
     assert bundle.points[0].summary is not None and bundle.points[0].summary.decode_tok_s == 500
     alone = bench_import.read(path)
     assert alone.bundles[0].name == "on the phone" and alone.bundles[0].points[0].summary is not None
+
+
+def test_two_phones_of_one_model_get_two_names(tmp_path: Path) -> None:
+    """By the verb: the report's own advice for two devices of one name is --device-name."""
+    path, out = stored(tmp_path / "phone.json"), tmp_path / "named.json"
+    call("bench", "--import", path, "--device-name", "Anna's", "--out", out)
+    assert bench_results.read(out).device.name == "Anna's"
+    assert bench_import.read(path).device.name != "Anna's"
 
 
 def test_results_of_another_bundle_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
