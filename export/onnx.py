@@ -236,7 +236,11 @@ def prepare(
         )
     say("reference answers")
     cases = gate.make_cases(
-        reference, samples, text_only=prompt.user_without_image is not None, images=claims.images
+        reference,
+        samples,
+        text_only=prompt.user_without_image is not None,
+        images=claims.images,
+        asked=proof.questions_of(checkpoint),
     )
     expected = None
     if expect:

@@ -98,6 +98,14 @@ def segments(
     return _Template(checkpoint, placeholder, before, token, after, tiled).spec(refused)
 
 
+def trims(checkpoint: Checkpoint) -> bool:
+    """Whether the chat template cuts blanks off the ends of a question, which segments do not."""
+    plain, blanks = (
+        render(checkpoint, [Message(text, (None,))], generate=False) for text in (_MARK, f" {_MARK}\n")
+    )
+    return plain == blanks
+
+
 def later_reason(checkpoint: Checkpoint) -> str | None:
     """Why `segments` gave no `later`, None when a further turn can be cut."""
     template = _Template(checkpoint, "", "", "", "", None)

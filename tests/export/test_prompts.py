@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 from transformers import AutoProcessor
 
-from export import proof
+from evals.torch_session import TorchSession
+from export import gate_cases, prompts, proof
 from export.checkpoint import Checkpoint, load
 from export.families import family_of
 from runtime import image
@@ -70,6 +72,41 @@ def test_line_breaks_that_are_tokens_join_with_those_beside_them(tmp_path: Path)
     ids = checkpoint.tokenizer("user\n\n\n<start_of_image>").input_ids
     assert ids[-3] == two and ids[-2] != two
     assert proved(checkpoint, settled(checkpoint))
+
+
+def test_a_begin_token_of_template_and_tokenizer_comes_once(tmp_path: Path) -> None:
+    """As Gemma's published ones: the template writes it, the tokenizer would put it before every text."""
+    path = gguf_checkpoints.write("gemma3", tmp_path / "gemma")
+    tokenizer = load_tokenizer(path / "tokenizer.json")
+    begin = tokenizer.token_to_id("<|im_start|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<|im_start|> $A", "<|im_start|> $A <|im_start|> $B", [("<|im_start|>", begin)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    template = (path / "chat_template.jinja").read_text().replace("part['text']", "part['text'] | trim")
+    (path / "chat_template.jinja").write_text("{{ bos_token }}" + template)
+    checkpoint = load(path)
+    claims = settled(checkpoint)
+    assert claims.prompt.system == (begin,) and claims.prompt.later is not None
+    assert proved(checkpoint, claims)
+
+
+def test_a_template_that_trims_questions_is_proved_without_their_blanks(
+    models: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    """As Gemma's does. A session leaves a question as it is, which a note says."""
+    plain = models["qwen3_vl"]
+    template = template_of(plain)
+    assert "part['text']" in template and not prompts.trims(plain)
+    trimming = templated(plain, tmp_path, template.replace("part['text']", "part['text'] | trim"))
+    claims = settled(trimming)
+    (note,) = claims.notes
+    assert note.startswith("blanks at the ends of a question") and claims.images == 3
+    assert claims.prompt.later is not None and proved(trimming, claims)
+    reference = TorchSession(trimming.path, model=trimming.model, processor=trimming.processor)
+    asked = proof.questions_of(trimming)
+    cases = gate_cases.make_cases(reference, (), text_only=True, asked=asked)
+    assert all(case.question == case.question.strip() for case in cases)
 
 
 def test_pictures_of_the_proof_reach_many_tilings(models: dict[str, Checkpoint]) -> None:
@@ -147,7 +184,7 @@ def test_templates_whose_later_turns_cannot_be_cut_give_one_turn_and_the_reason(
     assert len(claims.notes) == 1 and says in claims.notes[0]
 
 
-@pytest.mark.parametrize("change", ["{{ part['text'] | upper }}", "{{ part['text'] | trim }}"])
+@pytest.mark.parametrize("change", ["{{ part['text'] | upper }}", "{{ part['text'] | trim('t') }}"])
 def test_a_template_that_changes_the_question_is_refused(
     models: dict[str, Checkpoint], tmp_path: Path, change: str
 ) -> None:
