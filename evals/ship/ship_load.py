@@ -170,7 +170,7 @@ class _Join:
         if key in self.timings:
             raise InputError(
                 f"{path}: {name} on {timing.device} at {timing.point} is also in "
-                f"{self.origin[('at', *key)]}; give one of both"
+                f"{self.origin[('at', *key)]}; give one of both, or their devices two names (--device-name)"
             )
         self.timings[key] = timing
         self.origin[("at", *key)] = path.name

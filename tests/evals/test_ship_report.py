@@ -169,7 +169,7 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
     other["device"]["name"] = "Board B"
     other["bundles"][1]["sha256"] = data.sha("another build")
     assert "two builds of one name" in told(other)
-    assert "is also in a.json; give one of both" in told(_bench())
+    assert "is also in a.json; give one of both, or their devices two names (--device-name)" in told(_bench())
     faster = _bench()
     faster["device"]["cpu"] = "another chip"
     assert "cpu differs: CPU of Board A before, another chip now; two devices" in told(faster)
