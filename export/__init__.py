@@ -50,8 +50,8 @@ def export_checkpoint(
     bundle refuses a question without an image, which a model that never saw one would answer blindly.
     `plan` (`export.targets.plan_for`) says for which target; by default for any computer. `examples`:
     pictures with questions that calibrated precisions (`-gptq`, `-kv8`, GGUF's importance) look at instead of
-    the gate's own. `request`: GGUF's rules and importance matrix. `progress` gets one line at the start of
-    every step.
+    the gate's own, and `qdq-` beside them. `request`: GGUF's rules and importance matrix. `progress` gets one
+    line at the start of every step.
     Raises PocketError: CheckpointError, InputError, ParityError or StateError.
     """
     _check_names(to, [precision], plan)
@@ -128,8 +128,6 @@ def _examples(to: str, plan: Plan | None, examples: Sequence[tuple[ImageInput, s
         return {}
     if to == "coreml":
         raise InputError("examples: nothing of a Core ML export is calibrated; leave --data out")
-    if plan is not None and plan.static:
-        raise InputError("examples: calibrate the flavour ort-fused; portable-static looks at sample images")
     return {"examples": examples}
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.accuracy import AccuracyResult, compare_methods, evaluate
-from export import auto_data, calibrate, target
+from export import auto_data, calibrate, space, target
 from export.auto_report import Candidate, Result, frontier, write
 from export.quantize_policy import Policy, Rule, Scheme, dump
 from export.targets import Plan
@@ -119,7 +119,7 @@ def auto_quantize(
         facts = onnx.prepare(
             opened, sample_images, say, image_required=image_required, plan=plan, examples=examples
         )
-        with tempfile.TemporaryDirectory(prefix="pocketvlm-auto-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="pocketvlm-auto-") as scratch, space.told(Path(scratch)):
             facts = onnx.on_disk(facts, Path(scratch))
             facts.reference.close()
             opened.forget()

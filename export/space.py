@@ -48,9 +48,8 @@ def check(checkpoint: Checkpoint, targets: Mapping[Path, Policy]) -> None:
     parameters = stored_parameters(checkpoint)
     wanted = [(path, bytes_of(policy, parameters)) for path, policy in targets.items()]
     exact = [{rule.scheme for rule in policy.rules} == {"keep"} for policy in targets.values()]
-    copies = int(not any(exact)) + int(not all(exact))
-    if copies:
-        wanted.append((Path(tempfile.gettempdir()), copies * (4 * parameters + _OTHERS)))
+    copies = 1 + int(not all(exact))
+    wanted.append((Path(tempfile.gettempdir()), copies * (4 * parameters + _OTHERS)))
     ask(wanted)
 
 

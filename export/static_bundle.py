@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export import browser_package, gate, onnx, space, static, static_files, static_qdq, target
+from export.calibrate import Example
 from export.checkpoint import load, read_config
 from export.families import check_type
 from export.onnx import Facts, Progress
@@ -44,9 +45,13 @@ def export_static(
     plan: Plan,
     sample_images: Sequence[ImageInput] = (),
     image_required: bool = False,
+    examples: Sequence[Example] = (),
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate."""
+    """Write one bundle per precision in `targets`, in that order. Raises PocketError; see the gate.
+
+    `examples`: pictures with questions that ranges are calibrated on, beside those of the gate.
+    """
     for precision, path in targets.items():
         check_precision(plan, precision)
         target.check(path)
@@ -55,7 +60,9 @@ def export_static(
     check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
     loaded = load(checkpoint)
     space.check(loaded, dict.fromkeys(targets.values(), resolve("fp32")))  # the most that a precision takes
-    facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan)
+    facts = onnx.prepare(
+        loaded, sample_images, say, image_required=image_required, plan=plan, examples=examples
+    )
     facts.reference.close()
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch, space.told(Path(scratch)):
         plain = Path(scratch) / "fp32"
@@ -107,7 +114,7 @@ def _rounded(facts: Facts, precision: str, scratch: Path) -> dict[str, ir.Model]
     if precision not in RECIPES:
         rules = resolve(precision).rules
         return {role: quantize(facts.graphs[role], role, rules) for role in ROLES}
-    facts.say(f"{precision}: calibrating on {len(facts.cases)} prompts")
+    facts.say(f"{precision}: calibrating on {len(facts.cases) + len(facts.examples)} prompts")
     feeds = record(facts, scratch)
     return {
         role: static_qdq.quantize(facts.graphs[role], role, RECIPES[precision], feeds[role]) for role in ROLES
@@ -121,7 +128,8 @@ def record(facts: Facts, scratch: Path) -> dict[str, Feeds]:
         write_files(facts, plain, facts.graphs)
     with Session.from_manifest(plain, draft(facts, plain, "fp32", "calibration"), threads=1) as session:
         later = onnx.expected_of(facts).later
-        return static_qdq.record(session, facts.cases, None if later is None else later.talk)
+        shown = [*facts.cases, *facts.examples]
+        return static_qdq.record(session, shown, None if later is None else later.talk)
 
 
 def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> None:

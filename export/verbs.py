@@ -67,7 +67,7 @@ def export(
     max_drop: Annotated[float, typer.Option(help="Points of accuracy that --quant auto may lose.")] = 0.5,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines of image, question, answer: for --quant auto, -gptq and -kv8."),
+        typer.Option(help="JSON lines of image, question, answer: for --quant auto, -gptq, -kv8 and qdq-."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many of these questions.")] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sequence.")] = None,

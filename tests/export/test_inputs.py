@@ -92,7 +92,9 @@ def test_the_estimate_is_no_smaller_than_the_bundle_but_of_its_size(
     exported: Exported, tmp_path: Path, precision: str
 ) -> None:
     """Without the constant for what is no weight; the tiny graphs themselves take a few tens of KiB."""
-    found = onnx.write_bundles(exported.facts, {precision: tmp_path / "out"}, {precision: "tiny"})
+    (scratch := tmp_path / "scratch").mkdir()
+    facts = onnx.on_disk(exported.facts, scratch)
+    found = onnx.write_bundles(facts, {precision: tmp_path / "out"}, {precision: "tiny"}, scratch)
     size = sum(file.stat().st_size for file in found[0].rglob("*.onnx*"))
     estimate = space.bytes_of(resolve(precision), space.stored_parameters(exported.facts.checkpoint))
     assert size < estimate < 2.2 * size + space._OTHERS
@@ -113,7 +115,7 @@ def test_a_disk_that_fills_up_leaves_no_half_bundle(
 
     monkeypatch.setattr(storage, "save", full)
     with pytest.raises(StateError, match=r"decoder.*the disk is full \(No space left on device\)") as caught:
-        onnx.write_bundles(exported.facts, {"fp32": tmp_path / "out"}, {"fp32": "tiny"})
+        onnx.write_bundles(exported.facts, {"fp32": tmp_path / "out"}, {"fp32": "tiny"}, tmp_path)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
@@ -130,7 +132,7 @@ def test_a_write_that_the_kernel_refuses_leaves_no_half_bundle(
     exported: Exported, tmp_path: Path, small_files: None
 ) -> None:
     with pytest.raises(StateError, match="the disk is full"):
-        onnx.write_bundles(exported.facts, {"fp32": tmp_path / "out"}, {"fp32": "tiny"})
+        onnx.write_bundles(exported.facts, {"fp32": tmp_path / "out"}, {"fp32": "tiny"}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -455,3 +456,25 @@ def test_the_phone_target_takes_a_conversation(tiny_checkpoint: Path, tmp_path: 
     out = export.export_checkpoint(tiny_checkpoint, tmp_path / "phone", precision="qdq-a16w8", plan=plan)
     figures = bundle.read(out).parity.figures
     assert figures["twin_later_logit_rms_error"] < 0.1
+
+
+def test_ranges_are_calibrated_on_the_users_questions_too(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    record = static_qdq.record
+
+    def look(session: Any, cases: Any, talk: Any) -> Any:
+        shown.extend(case.question for case in cases)
+        return record(session, cases, talk)
+
+    monkeypatch.setattr(static_qdq, "record", look)
+    out = export.export_checkpoint(
+        tiny_checkpoint,
+        tmp_path / "own",
+        precision="qdq-int8",
+        plan=PLAN,
+        examples=[(PICTURE, "is it mine?")],
+    )
+    assert "is it mine?" in shown and len(shown) == 8
+    assert bundle.read(out).precision == "qdq-int8"
