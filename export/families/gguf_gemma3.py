@@ -51,7 +51,7 @@ class Gemma3Gguf:
         query = math.sqrt(_squared_scale(text) / float(text["query_pre_attn_scalar"]))
 
         def values(writer: Any) -> None:
-            text_values(writer, config, rope=full)
+            text_values(writer, config, rope=full or window)
             if full.get("rope_type", "default") == "linear":
                 writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
                 writer.add_rope_scaling_factor(float(full["factor"]))
