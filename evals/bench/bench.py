@@ -215,8 +215,9 @@ def lines(results: BenchResults) -> list[str]:
     """Conditions, notes, sustained runs, what was not measured: one sentence each."""
     device, policy = results.device, results.policy
     where = f"{device.name}: {device.cpu}, {device.cores} cores, {policy.threads or '?'} threads, {device.os}"
+    processes = "1 process" if policy.rounds == 1 else f"{policy.rounds} processes"
     found = [
-        f"{where}; {policy.rounds} processes of {policy.warmup} + {policy.repeats} answers of "
+        f"{where}; {processes} of {policy.warmup} + {policy.repeats} answers of "
         f"{policy.decode_tokens} tokens; {results.source}",
         f"{results.grid[0].image or 'no picture'}: {results.grid[0].question.strip()!r}",
     ]
