@@ -24,7 +24,7 @@ from export import onnx as exporter
 from export.checkpoint import load
 from export.decoder import IR_VERSION, OPSET
 from export.families import family_of
-from export.passes import constant
+from export.passes import add_initializer, constant
 from runtime import bundle, conformance, image_limits
 from runtime.errors import CheckpointError, InputError, ParityError
 from runtime.image import prepare
@@ -478,3 +478,31 @@ def test_ranges_are_calibrated_on_the_users_questions_too(
     )
     assert "is it mine?" in shown and len(shown) == 8
     assert bundle.read(out).precision == "qdq-int8"
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [(0, True), (3, False)])
+def test_a_bias_of_millions_of_steps_is_held_as_far_as_float32_goes(wrong: int, passes: bool) -> None:
+    step = np.float32(1e-7)
+    bias = np.random.default_rng(0).uniform(0.5, 1, 64).astype(np.float32)
+    levels = np.rint(bias.astype(np.float64) / float(step)).astype(np.int32) + wrong
+    models = []
+    for rounded in (False, True):
+        x = ir.Value(name="x", shape=ir.Shape([1, 64]), type=ir.TensorType(ir.DataType.FLOAT))
+        graph = ir.Graph([x], [], nodes=[], opset_imports={"": OPSET}, name="g")
+        term = add_initializer(graph, "bias", levels if rounded else bias)
+        if rounded:
+            scale = add_initializer(graph, "scale", np.array(step))
+            graph.append(ir.node("DequantizeLinear", [term, scale], name="dequantized"))
+            term = graph[-1].outputs[0]
+            term.name = "bias_float"
+        graph.append(ir.node("Add", [x, term], name="add"))
+        out = graph[-1].outputs[0]
+        out.name, out.type, out.shape = "y", ir.TensorType(ir.DataType.FLOAT), x.shape
+        graph.outputs.append(out)
+        models.append(ir.Model(graph, ir_version=IR_VERSION))
+    twin = static_qdq.float_twin(models[1])
+    if passes:
+        audit.same_but_rounded(models[0], twin, "part")
+        return
+    with pytest.raises(ParityError, match="grid steps from the float32 weight"):
+        audit.same_but_rounded(models[0], twin, "part")
