@@ -28,6 +28,8 @@ from typing import Any
 from evals.accuracy import AccuracyResult, compare_methods, evaluate
 from export import auto_data, calibrate, space, target
 from export.auto_report import Candidate, Result, frontier, write
+from export.draft import draft_manifest
+from export.facts import prepare
 from export.quantize_policy import Policy, Rule, Scheme, dump
 from export.targets import Plan
 from runtime import files
@@ -116,7 +118,7 @@ def auto_quantize(
     with files.lock(work):
         _claim(work, {"checkpoint": opened.sha256, "questions": split.sha256})
         examples = auto_data.examples(split.validation, CALIBRATION_EXAMPLES)
-        facts = onnx.prepare(
+        facts = prepare(
             opened, sample_images, say, image_required=image_required, plan=plan, examples=examples
         )
         with tempfile.TemporaryDirectory(prefix="pocketvlm-auto-") as scratch, space.told(Path(scratch)):
@@ -245,7 +247,7 @@ class _Search:
         folder = self.scratch / "candidate"
         shutil.rmtree(folder, ignore_errors=True)
         onnx.write_files(self.facts, folder, {role: self._part(role, policy) for role in ROLES})
-        draft = onnx.draft_manifest(self.facts, folder, policy.name, policy.name)
+        draft = draft_manifest(self.facts, folder, policy.name, policy.name)
         with Session.from_manifest(folder, draft) as session:
             answered = evaluate(session, questions)
         size = {"bytes": sum(part.bytes for part in draft.parts), "cache_bytes": cache_bytes(draft)}

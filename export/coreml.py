@@ -33,8 +33,9 @@ from export.checkpoint import load, read_config
 from export.coreml_compress import Choice
 from export.coreml_parts import ROLES, Parts, parts_of
 from export.coreml_policy import Policy
+from export.draft import draft_manifest, write_conformance
+from export.facts import Facts, Progress, prepare
 from export.families import check_type
-from export.onnx import Facts, Progress
 from export.static_decoder import StaticSizes
 from export.targets import Plan, plan_for
 from runtime import bundle
@@ -68,7 +69,7 @@ def export_coreml(
     coreml_decoder.check_shape(family.decoder_shape(loaded), str(checkpoint))  # before the costly steps
     parameters = space.stored_parameters(loaded)
     space.ask((path, _bytes(policies[precision], parameters)) for precision, path in targets.items())
-    facts = onnx.prepare(loaded, sample_images, say, image_required=image_required, plan=plan, trace=False)
+    facts = prepare(loaded, sample_images, say, image_required=image_required, plan=plan, trace=False)
     sizes = StaticSizes(facts.context, plan.chunk, plan.masked)
     parts = parts_of(loaded, facts.family, facts.image, sizes)
     with target.workspace(next(iter(targets.values()))) as scratch:
@@ -120,7 +121,7 @@ class Work:
             shutil.copytree(staged / "coreml", kept / "coreml")
             self._plain[policy.base] = kept, draft
         facts.say(f"{policy.name}: conformance vectors")
-        vectors = onnx.write_conformance(facts, staged, draft, coreml_gate.SPREAD)
+        vectors = write_conformance(facts, staged, draft, coreml_gate.SPREAD)
         bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
         bundle.read(staged)
 
@@ -178,7 +179,7 @@ class Work:
             functions={role: tuple(self.parts.of(role)) for role in ROLES},
             deployment_target=coreml_convert.TARGET,
         )
-        draft = onnx.draft_manifest(
+        draft = draft_manifest(
             facts,
             staged,
             policy.name,

@@ -25,9 +25,9 @@ from export import coreml_audit, gate
 from export.checkpoint import Checkpoint
 from export.coreml_parts import PREFILL, ROLES
 from export.coreml_policy import Policy
+from export.facts import Facts
 from export.gate import GateSession
 from export.gate_limits import Limit, rms_error
-from export.onnx import Facts
 from runtime import bundle
 from runtime.errors import ParityError
 from runtime.manifest import Manifest, Parity

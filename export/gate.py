@@ -135,10 +135,11 @@ def check_quantized(
             figures[f"{role}_weight_error_steps"] = _audited(
                 originals[role], staged, folder, part.path, calibration, twin_of
             )
+            storage.release(checkpoint.parameters)
         shutil.copyfile(staged / draft.tokenizer.file.path, folder / draft.tokenizer.file.path)
         check_prompts(checkpoint, staged, draft, geometry or draft.image)
         twin_sides, twin_later = _run(lambda: _ask_twin(folder, draft, expected))
-    storage.release()
+    storage.release(checkpoint.parameters)
     with GateSession.from_manifest(staged, draft, threads=1) as session:
         sides = _run(lambda: [side(session, case) for case in cases])
         result = measure(expected.sides, sides, cases, (), "checkpoint")  # ids and pixels; the rest is told
@@ -171,8 +172,6 @@ def _audited(
     found = audit.same_but_rounded(original, twin, path, calibration)
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     storage.save(twin.model, folder / path, beside=True)
-    del twin
-    storage.release()
     return found
 
 

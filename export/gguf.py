@@ -21,14 +21,15 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, onnx, space, target
+from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, space, target
 from export.checkpoint import load, read_config
+from export.draft import draft_manifest, write_conformance
+from export.facts import Facts, Progress, prepare
 from export.families.gguf import gguf_family
 from export.gguf_kinds import DIRECT, Request, check
 from export.gguf_plan import Plan as FilePlan
 from export.gguf_source import Source, open_source
 from export.gguf_write import stored_bytes, write
-from export.onnx import Facts, Progress
 from export.targets import Plan
 from runtime import bundle
 from runtime.errors import CheckpointError, InputError
@@ -84,7 +85,7 @@ def export_gguf(
     found = plan_files(checkpoint)
     types = llamacpp.chosen([piece.name for piece in found.text.pieces], request.rules)
     space.ask(_needed(found, targets, types))
-    facts = onnx.prepare(
+    facts = prepare(
         load(checkpoint),
         sample_images,
         say,
@@ -176,7 +177,7 @@ class Work:
             self._proved = True
         parity = gguf_gate.check(facts, self.wanted, staged, draft, kind, base)
         facts.say(f"{kind}: conformance vectors")
-        vectors = onnx.write_conformance(facts, staged, draft, gguf_gate.SPREAD)
+        vectors = write_conformance(facts, staged, draft, gguf_gate.SPREAD)
         bundle.write(draft.model_copy(update={"parity": parity, "conformance": vectors}), staged)
         bundle.read(staged)
 
@@ -217,7 +218,7 @@ class Work:
 
     def _draft(self, staged: Path, kind: str, name: str, parts: tuple[Part, ...]) -> Manifest:
         label = f"{kind}-imatrix" if self.request.importance and kind not in DIRECT else kind
-        draft = onnx.draft_manifest(self.facts, staged, label, name, parts=parts, to="gguf")
+        draft = draft_manifest(self.facts, staged, label, name, parts=parts, to="gguf")
         tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         return draft.model_copy(update={"tool_versions": tools})
 

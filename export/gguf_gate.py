@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 
 from evals.parity.parity import ParityResult, Side, compare_sides, side
 from export import gate, proof
+from export.facts import Facts
 from export.gate import Limit
-from export.onnx import Facts
 from runtime import bundle
 from runtime.errors import ParityError
 from runtime.gguf_library import FIDELITY, TextModel

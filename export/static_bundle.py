@@ -16,8 +16,9 @@ import onnx_ir as ir
 from export import browser_package, gate, onnx, space, static, static_files, static_qdq, target
 from export.calibrate import Example
 from export.checkpoint import load, read_config
+from export.draft import LOGIT_SPREAD, ROUNDED_SPREAD, draft_manifest, part_of, write_conformance
+from export.facts import Facts, Progress, expected_of, prepare
 from export.families import check_type
-from export.onnx import Facts, Progress
 from export.quantize import quantize, resolve
 from export.static import ROLES
 from export.static_qdq import RECIPES, Feeds
@@ -60,9 +61,7 @@ def export_static(
     check_type(checkpoint, str(read_config(checkpoint)["model_type"]))
     loaded = load(checkpoint)
     space.check(loaded, dict.fromkeys(targets.values(), resolve("fp32")))  # the most that a precision takes
-    facts = onnx.prepare(
-        loaded, sample_images, say, image_required=image_required, plan=plan, examples=examples
-    )
+    facts = prepare(loaded, sample_images, say, image_required=image_required, plan=plan, examples=examples)
     facts.reference.close()
     with tempfile.TemporaryDirectory(prefix="pocketvlm-export-") as scratch, space.told(Path(scratch)):
         plain = Path(scratch) / "fp32"
@@ -87,8 +86,8 @@ def build(facts: Facts, staged: Path, precision: str, name: str, scratch: Path) 
     facts.say(f"{precision}: parity gate")
     parity = check_float(facts, staged, found) if exact else _check_rounded(facts, staged, found, scratch)
     facts.say(f"{precision}: conformance vectors")
-    spread = onnx._LOGIT_SPREAD if exact else onnx._ROUNDED_SPREAD
-    vectors = onnx.write_conformance(facts, staged, found, spread)
+    spread = LOGIT_SPREAD if exact else ROUNDED_SPREAD
+    vectors = write_conformance(facts, staged, found, spread)
     if found.target == browser_package.TARGET:
         browser_package.write(staged, found)
     bundle.write(found.model_copy(update={"parity": parity, "conformance": vectors}), staged)
@@ -127,7 +126,7 @@ def record(facts: Facts, scratch: Path) -> dict[str, Feeds]:
     if not plain.exists():
         write_files(facts, plain, facts.graphs)
     with Session.from_manifest(plain, draft(facts, plain, "fp32", "calibration"), threads=1) as session:
-        later = onnx.expected_of(facts).later
+        later = expected_of(facts).later
         shown = [*facts.cases, *facts.examples]
         return static_qdq.record(session, shown, None if later is None else later.talk)
 
@@ -142,19 +141,19 @@ def write_files(facts: Facts, staged: Path, graphs: Mapping[str, ir.Model]) -> N
 def draft(facts: Facts, staged: Path, precision: str, name: str) -> Manifest:
     """The manifest of the files in `staged`, with parity and conformance still to come."""
     fixed = StaticCache(chunk=facts.plan.chunk, masked=facts.plan.masked)
-    return onnx.draft_manifest(
+    return draft_manifest(
         facts, staged, precision, name, parts=[_part(staged, role) for role in ROLES], fixed=fixed
     )
 
 
 def _part(staged: Path, role: str) -> Part:
     path = staged / "onnx" / FILES[role]
-    return onnx.part_of(staged, role, path, [path.parent / x for x in static_files.used_files(ir.load(path))])
+    return part_of(staged, role, path, [path.parent / x for x in static_files.used_files(ir.load(path))])
 
 
 def check_float(facts: Facts, staged: Path, found: Manifest) -> Parity:
     """The float parts against the checkpoint."""
-    return gate.check_float(facts.checkpoint, staged, found, onnx.expected_of(facts), geometry=facts.geometry)
+    return gate.check_float(facts.checkpoint, staged, found, expected_of(facts), geometry=facts.geometry)
 
 
 def _limits(precision: str) -> Sequence[gate.Limit]:
@@ -174,7 +173,7 @@ def _check_rounded(facts: Facts, staged: Path, found: Manifest, scratch: Path) -
         facts.graphs,
         staged,
         found,
-        onnx.expected_of(facts),
+        expected_of(facts),
         scratch,
         twin_of=static_qdq.float_twin,
         geometry=facts.geometry,

@@ -96,11 +96,18 @@ def mapped(path: Path) -> ir.Model:
 _MAPPED: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
-def release() -> None:
+SMALL = 2**24
+"""Parameters of a model whose weights are not worth the search for garbage, which takes about a second."""
+
+
+def release(parameters: int) -> None:
     """Give memory that was freed back to the system, where the C library can (glibc keeps a gigabyte).
 
-    Pages of mapped weights leave this process, too; they are read again when they are used.
+    Pages of mapped weights leave this process, too; they are read again when they are used. Nothing is done
+    for a model of fewer than SMALL `parameters`.
     """
+    if parameters < SMALL:
+        return
     while gc.collect():  # what torch holds of a freed cycle is garbage only then
         pass
     if hasattr(mmap, "MADV_DONTNEED"):

@@ -7,6 +7,7 @@ import pytest
 
 from export import onnx
 from export.checkpoint import load
+from export.facts import Facts, prepare
 from runtime import bundle
 from runtime.manifest import Manifest
 
@@ -15,7 +16,7 @@ from runtime.manifest import Manifest
 class Exported:
     """One tiny checkpoint exported in every precision, with what the gate was given."""
 
-    facts: onnx.Facts
+    facts: Facts
     bundles: dict[str, Path]
     scratch: Path
 
@@ -26,7 +27,7 @@ class Exported:
 @pytest.fixture(scope="session")
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     out = tmp_path_factory.mktemp("bundles")
-    facts = onnx.prepare(load(tiny_checkpoint), (), lambda _: None)
+    facts = prepare(load(tiny_checkpoint), (), lambda _: None)
     bundles = {}
     for precision in ("fp32", "int8", "int4"):
         bundles[precision] = out / precision

@@ -15,12 +15,13 @@ import pytest
 
 pytest.importorskip("coremltools")
 
-from export import coreml, coreml_audit, coreml_convert, coreml_gate, coreml_package, onnx
+from export import coreml, coreml_audit, coreml_convert, coreml_gate, coreml_package
 from export.checkpoint import load
 from export.coreml import Work
 from export.coreml_compress import choose, compress
 from export.coreml_parts import ROLES, parts_of
 from export.coreml_policy import Policy, Rule, resolve
+from export.facts import prepare
 from export.gate_cases import drawn
 from export.static_decoder import StaticSizes
 from export.targets import plan_for
@@ -56,7 +57,7 @@ class Made:
 
 def prepared(checkpoint: Path, scratch: Path, **sizes: Any) -> Work:
     plan = dataclasses.replace(plan_for("iphone", to="coreml", **{"max_context": 256, **sizes}), chunk=8)
-    facts = onnx.prepare(load(checkpoint), (), lambda _: None, plan=plan, trace=False)
+    facts = prepare(load(checkpoint), (), lambda _: None, plan=plan, trace=False)
     room = StaticSizes(facts.context, plan.chunk, plan.masked)
     return Work(facts, parts_of(facts.checkpoint, facts.family, facts.image, room), scratch)
 

@@ -18,7 +18,7 @@ from PIL import Image
 import export
 import runtime
 from distill import fresh
-from export import checkpoint, gate, onnx, target
+from export import checkpoint, gate, onnx, storage, target
 from export.checkpoint import Checkpoint, load, read_config
 from export.families import FAMILIES, family_of
 from runtime import bundle, conformance, files
@@ -148,6 +148,7 @@ def test_the_checkpoints_weights_are_freed_before_a_bundle_is_judged(
         return judge(*arguments)
 
     monkeypatch.setattr(onnx, "load", load)
+    monkeypatch.setattr(storage, "SMALL", 0)
     monkeypatch.setattr(gate, "check_float", look)
     export.export_checkpoint(tiny_checkpoint, tmp_path / "student", precision="int8")
     assert alive and seen == [[]]

@@ -12,7 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from evals.parity.parity import compare
-from export import gate, onnx
+from export import gate
+from export.facts import expected_of
 from export.passes import add_initializer, constant
 from runtime.errors import ParityError, PocketError
 from runtime.image import ImageFeatures
@@ -27,9 +28,9 @@ PRECISIONS = ("fp32", "int8", "int4")
 def judge(exported: Exported, precision: str, directory: Path, manifest: Manifest) -> object:
     facts = exported.facts
     if precision == "fp32":
-        return gate.check_float(facts.checkpoint, directory, manifest, onnx.expected_of(facts))
+        return gate.check_float(facts.checkpoint, directory, manifest, expected_of(facts))
     return gate.check_quantized(
-        facts.checkpoint, facts.graphs, directory, manifest, onnx.expected_of(facts), exported.scratch
+        facts.checkpoint, facts.graphs, directory, manifest, expected_of(facts), exported.scratch
     )
 
 

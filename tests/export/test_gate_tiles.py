@@ -12,6 +12,7 @@ from PIL import Image
 
 from export import gate, gate_batch, gate_turns, onnx, proof
 from export.checkpoint import load
+from export.facts import expected_of, prepare
 from runtime import bundle, image, sequence, tiles
 from runtime.errors import ParityError
 from runtime.image_spec import GridTiles, SplitTiles
@@ -25,7 +26,7 @@ PRECISIONS = ("fp32", "int8", "int4")
 
 
 def _export(path: Path, out: Path) -> Exported:
-    facts = onnx.prepare(load(path), (), lambda _: None)
+    facts = prepare(load(path), (), lambda _: None)
     bundles = {precision: out / precision for precision in PRECISIONS}
     (out / "scratch").mkdir(parents=True)
     for precision, folder in bundles.items():
@@ -57,9 +58,9 @@ def exported(request: pytest.FixtureRequest) -> Exported:
 def judge(exported: Exported, precision: str, manifest: Manifest) -> object:
     facts, directory = exported.facts, exported.bundles[precision]
     if precision == "fp32":
-        return gate.check_float(facts.checkpoint, directory, manifest, onnx.expected_of(facts))
+        return gate.check_float(facts.checkpoint, directory, manifest, expected_of(facts))
     return gate.check_quantized(
-        facts.checkpoint, facts.graphs, directory, manifest, onnx.expected_of(facts), exported.scratch
+        facts.checkpoint, facts.graphs, directory, manifest, expected_of(facts), exported.scratch
     )
 
 
@@ -212,7 +213,7 @@ def test_the_written_parts_pass_the_gate(exported: Exported, precision: str) -> 
 
 
 def test_the_conversation_has_three_turns_and_two_pictures(grid: Exported) -> None:
-    later = onnx.expected_of(grid.facts).later
+    later = expected_of(grid.facts).later
     assert later is not None
     talk = later.talk
     with Session.from_manifest(grid.bundles["fp32"], grid.manifest("fp32"), threads=1) as session:

@@ -14,6 +14,8 @@ from PIL import Image
 
 from export import audit, bidirectional, gate, onnx
 from export.checkpoint import load
+from export.draft import draft_manifest
+from export.facts import expected_of, prepare
 from export.families.gemma3 import GEMMA3
 from export.passes import constant
 from runtime.errors import CheckpointError, InputError, ParityError
@@ -27,7 +29,7 @@ from tests.export.conftest import Exported
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     out = tmp_path_factory.mktemp("gemma3")
-    facts = onnx.prepare(load(write_gemma3(out / "tiny")), (), lambda _: None)
+    facts = prepare(load(write_gemma3(out / "tiny")), (), lambda _: None)
     bundles = {}
     for precision in ("fp32", "int8", "int4"):
         bundles[precision] = out / precision
@@ -237,9 +239,9 @@ def test_the_gate_and_the_audit_see_wrong_attention(gemma3: Exported, tmp_path: 
     facts = gemma3.facts
     model = damaged(gemma3, damage)
     onnx.write_files(facts, tmp_path, {**facts.graphs, "decoder": model})
-    draft = onnx.draft_manifest(facts, tmp_path, "fp32", "damaged")
+    draft = draft_manifest(facts, tmp_path, "fp32", "damaged")
     with pytest.raises(ParityError, match="logit_rel_diff"):
-        gate.check_float(facts.checkpoint, tmp_path, draft, onnx.expected_of(facts))
+        gate.check_float(facts.checkpoint, tmp_path, draft, expected_of(facts))
     with pytest.raises(ParityError, match="decoder"):
         audit.same_but_rounded(facts.graphs["decoder"], audit.float_twin(model), "decoder")
 

@@ -18,6 +18,8 @@ import pytest
 
 from export import genai, genai_check, onnx
 from export.checkpoint import load
+from export.draft import draft_manifest
+from export.facts import Facts, prepare
 from export.families.gemma3 import GEMMA3
 from export.families.lfm2_vl import LFM2_VL
 from export.families.qwen_vl import QWEN_VL
@@ -56,7 +58,7 @@ SMALL_BYTES = 100_000  # the largest graph here has 42 kB, its weights 1.5 MB
 class Written:
     """A checkpoint's parts and the files for onnxruntime-genai, without the gate and the manifest."""
 
-    facts: onnx.Facts
+    facts: Facts
     folder: Path
     draft: Manifest
 
@@ -76,15 +78,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Writer:
     @functools.cache
     def get(name: str) -> Written:
         out = tmp_path_factory.mktemp(name)
-        facts = onnx.prepare(load(MAKERS[name](out / "tiny")), (), lambda _: None)
+        facts = prepare(load(MAKERS[name](out / "tiny")), (), lambda _: None)
         return write(facts, out / "bundle", facts.graphs, "fp32")
 
     return get
 
 
-def write(facts: onnx.Facts, folder: Path, graphs: Any, precision: str) -> Written:
+def write(facts: Facts, folder: Path, graphs: Any, precision: str) -> Written:
     onnx.write_files(facts, folder, graphs, beside=True)
-    draft = onnx.draft_manifest(facts, folder, precision, "tiny")
+    draft = draft_manifest(facts, folder, precision, "tiny")
     genai.write(folder, draft, facts.family, facts.checkpoint)
     return Written(facts, folder, draft)
 

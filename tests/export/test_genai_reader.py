@@ -22,6 +22,7 @@ from PIL import Image
 
 from export import onnx
 from export.checkpoint import load
+from export.facts import prepare
 from runtime.image import PreparedImage
 from runtime.image_spec import Normalise
 from runtime.session import Session, open_bundle
@@ -67,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     @functools.cache
     def get(name: str) -> Made:
         out = tmp_path_factory.mktemp(name)
-        facts = onnx.prepare(load(MAKERS[name](out / "tiny")), (), lambda _: None)
+        facts = prepare(load(MAKERS[name](out / "tiny")), (), lambda _: None)
 
         @functools.cache
         def bundle(precision: str) -> Path:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from export import onnx
 from export.checkpoint import load, read_config
+from export.facts import Facts, prepare
 from export.families import family_of, without_tiles
 from runtime import bundle, image
 from runtime.errors import CheckpointError
@@ -34,9 +35,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["internvl", "internvl_qwen3", "internvl_llama"])
-def facts(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> onnx.Facts:
+def facts(request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> Facts:
     path = checkpoint if request.param == "internvl" else VARIANTS[request.param](tmp_path / "tiny")
-    return onnx.prepare(load(path), (), lambda _: None)
+    return prepare(load(path), (), lambda _: None)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -50,7 +51,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(value))
 
 
-def test_a_bundle_sees_and_answers_as_the_checkpoint(facts: onnx.Facts, tmp_path: Path) -> None:
+def test_a_bundle_sees_and_answers_as_the_checkpoint(facts: Facts, tmp_path: Path) -> None:
     """Exported through the gate, then on pictures that the gate does not know."""
     out = tmp_path / "bundle"
     out.mkdir()

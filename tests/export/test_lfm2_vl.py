@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from export import gate, onnx
 from export.checkpoint import Checkpoint, load
+from export.draft import draft_manifest
+from export.facts import expected_of, prepare
 from export.families.lfm2_vl import LFM2_VL, _triangle
 from export.graphs import ROLES, trace_all
 from runtime.errors import CheckpointError, InputError, ParityError
@@ -31,7 +33,7 @@ SHAPES = [(2, 2), (2, 6), (8, 4), (6, 2), (8, 8)]
 @pytest.fixture(scope="module")
 def lfm2(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     out = tmp_path_factory.mktemp("lfm2")
-    facts = onnx.prepare(load(write_lfm2_vl(out / "tiny")), (), lambda _: None)
+    facts = prepare(load(write_lfm2_vl(out / "tiny")), (), lambda _: None)
     bundles = {}
     for precision in ("fp32", "int8", "int4"):
         bundles[precision] = out / precision
@@ -130,7 +132,7 @@ def test_a_large_picture_becomes_tiles_and_a_small_one_keeps_its_aspect(lfm2: Ex
 
 def test_without_tiles(lfm2: Exported, tmp_path: Path) -> None:
     checkpoint = load(lfm2.facts.checkpoint.path)
-    facts = onnx.prepare(checkpoint, (), lambda _: None, plan=onnx.Plan(split_images=False))
+    facts = prepare(checkpoint, (), lambda _: None, plan=onnx.Plan(split_images=False))
     assert facts.image.max_views == 1 and facts.prompt.image.tiled is None
     (tmp_path / "bundle").mkdir()
     onnx.build(facts, tmp_path / "bundle", "fp32", "tiny", tmp_path)
@@ -202,9 +204,9 @@ def test_the_gate_sees_a_wrong_convolution(lfm2: Exported, tmp_path: Path, damag
         cut.replace_input_with(1, starts)
         cut.replace_input_with(2, ends)
     onnx.write_files(facts, tmp_path, {**facts.graphs, "decoder": model})
-    draft = onnx.draft_manifest(facts, tmp_path, "fp32", "damaged")
+    draft = draft_manifest(facts, tmp_path, "fp32", "damaged")
     with pytest.raises(ParityError, match="logit_rel_diff"):
-        gate.check_float(facts.checkpoint, tmp_path, draft, onnx.expected_of(facts))
+        gate.check_float(facts.checkpoint, tmp_path, draft, expected_of(facts))
 
 
 # --- vision -----------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 import runtime
 from export import decoder, onnx, passes, quantize
 from export.checkpoint import Checkpoint, load
+from export.facts import Facts, expected_of, prepare
 from export.families import family_of
 from export.families.qwen_vision import QwenVision
 from export.passes import add_initializer, constant
@@ -37,7 +38,7 @@ GRIDS = ((2, 2), (2, 14), (8, 8), (6, 10), (10, 4), (16, 18))
 """Patches; windows hold 4 x 4 of them (2 x 2 tokens), so that half of these are no multiple."""
 
 
-Prepared = Callable[[str], onnx.Facts]
+Prepared = Callable[[str], Facts]
 Built = Callable[[str, str], Path]
 
 
@@ -50,8 +51,8 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """Checkpoint, graphs and reference by family name, each made once."""
 
     @functools.cache
-    def get(name: str) -> onnx.Facts:
-        return onnx.prepare(load(make(name, tmp_path_factory.mktemp(name) / "tiny")), (), lambda _: None)
+    def get(name: str) -> Facts:
+        return prepare(load(make(name, tmp_path_factory.mktemp(name) / "tiny")), (), lambda _: None)
 
     return get
 
@@ -165,9 +166,7 @@ class Steps:
         return logits
 
 
-def sequence(
-    found: onnx.Facts, batch: int, length: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def sequence(found: Facts, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Embeddings, three rows of positions that differ, and what deepstack adds."""
     shape = family_of(found.checkpoint).decoder_shape(found.checkpoint)
     random = torch.Generator().manual_seed(0)
@@ -369,12 +368,12 @@ DAMAGE: tuple[tuple[str, str, Callable[[ir.Model], None]], ...] = (
 )
 
 
-def judge(facts: onnx.Facts, precision: str, folder: Path, manifest: Manifest, scratch: Path) -> None:
+def judge(facts: Facts, precision: str, folder: Path, manifest: Manifest, scratch: Path) -> None:
     if precision == "fp32":
-        onnx.gate.check_float(facts.checkpoint, folder, manifest, onnx.expected_of(facts))
+        onnx.gate.check_float(facts.checkpoint, folder, manifest, expected_of(facts))
     else:
         onnx.gate.check_quantized(
-            facts.checkpoint, facts.graphs, folder, manifest, onnx.expected_of(facts), scratch
+            facts.checkpoint, facts.graphs, folder, manifest, expected_of(facts), scratch
         )
 
 
@@ -435,7 +434,7 @@ def test_narrow_heads_half_precision_and_shards(
     (path / "model.safetensors").unlink()
     model.save_pretrained(path, max_shard_size="100KB")
     assert len(list(path.glob("model-*.safetensors"))) > 1
-    facts = onnx.prepare(load(path), (), lambda _: None)
+    facts = prepare(load(path), (), lambda _: None)
     (tmp_path / "bundle").mkdir()
     onnx.build(facts, tmp_path / "bundle", "fp32", "tiny", tmp_path)
     assert bundle.read(tmp_path / "bundle").parity.figures["top1_agreement"] == 1.0

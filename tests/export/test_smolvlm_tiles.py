@@ -10,6 +10,7 @@ from PIL import Image
 
 from export import onnx
 from export.checkpoint import load
+from export.facts import prepare
 from export.families import family_of
 from runtime import bundle, image
 from runtime.generation import GenerationOptions
@@ -53,7 +54,7 @@ def test_a_picture_that_fits_one_tile_is_not_cut(tmp_path: Path) -> None:
 
 def test_an_idefics3_bundle_with_tiles_answers_as_the_checkpoint(tmp_path: Path) -> None:
     """Its tile names are plain text, several ids each."""
-    facts = onnx.prepare(load(VARIANTS["idefics3_tiles"](tmp_path / "tiny")), (), lambda _: None)
+    facts = prepare(load(VARIANTS["idefics3_tiles"](tmp_path / "tiny")), (), lambda _: None)
     out = tmp_path / "out"
     out.mkdir()
     onnx.build(facts, out, "fp32", "tiny", tmp_path)

@@ -20,9 +20,10 @@ import export
 import runtime
 from evals.torch_session import TorchSession
 from export import audit, limits, static, static_bundle, static_decoder, static_files, static_qdq, targets
-from export import onnx as exporter
 from export.checkpoint import load
 from export.decoder import IR_VERSION, OPSET
+from export.facts import Facts
+from export.facts import prepare as prepare_export
 from export.families import family_of
 from export.passes import add_initializer, constant
 from runtime import bundle, conformance, image_limits
@@ -42,7 +43,7 @@ QUESTION = "what color is the shape?"
 
 @dataclass(frozen=True)
 class Static:
-    facts: exporter.Facts
+    facts: Facts
     bundles: dict[str, Path]
 
     def manifest(self, precision: str) -> Manifest:
@@ -56,7 +57,7 @@ class Static:
 @pytest.fixture(scope="module")
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Static:
     out = tmp_path_factory.mktemp("static")
-    facts = exporter.prepare(load(tiny_checkpoint), (), lambda _: None, plan=PLAN)
+    facts = prepare_export(load(tiny_checkpoint), (), lambda _: None, plan=PLAN)
     bundles = {}
     for precision in PRECISIONS:
         bundles[precision] = out / precision

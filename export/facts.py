@@ -1,0 +1,145 @@
+"""What every format and precision of one checkpoint shares: read, claims proved, the reference, its answers.
+
+In: a checkpoint, pictures, a plan. Out: `Facts`. Not here: writing any format (`onnx.py`, `static_bundle.py`,
+`gguf.py`, `coreml.py`), manifests (`draft.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from evals.parity.parity import ParityCase
+from evals.torch_session import TorchSession
+from export import calibrate, gate, gate_expected, limits, proof, static
+from export.checkpoint import Checkpoint
+from export.families import Family, family_of, without_tiles
+from export.gate_cases import GateReference
+from export.gate_expected import Expected
+from export.graphs import trace_all
+from export.static_decoder import StaticSizes
+from export.targets import Plan
+from runtime.errors import CheckpointError
+from runtime.image import ImageInput
+from runtime.image_spec import ImageSpec
+from runtime.prompt_spec import PromptSpec
+from runtime.session import usual_context
+
+Progress = Callable[[str], None]
+"""Called with one line at the start of every step."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What every precision of one checkpoint shares.
+
+    `geometry`: the image section that the checkpoint's processor follows; another than `image` only where a
+    static plan gives pictures of any size one size.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    image: ImageSpec
+    prompt: PromptSpec
+    graphs: Mapping[str, ir.Model]
+    reference: TorchSession
+    cases: Sequence[ParityCase]
+    say: Progress
+    images: int = 1
+    notes: tuple[str, ...] = ()
+    changed: Mapping[str, bool | int] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
+    context: int = 0
+    geometry: ImageSpec | None = None
+    examples: Sequence[ParityCase] = ()
+    """What calibrated schemes look at; the gate's cases when there is none."""
+    expected: Expected | None = None
+    """What the gate compares with; None where a format has a gate of its own over the live reference."""
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    samples: Sequence[ImageInput],
+    say: Progress,
+    *,
+    image_required: bool = False,
+    plan: Plan | None = None,
+    examples: Sequence[calibrate.Example] = (),
+    trace: bool = True,
+    expect: bool = True,
+) -> Facts:
+    """Trace the float32 graphs (unless a format needs none) and record what the reference answers.
+
+    Without `plan.split_images` a checkpoint that cuts pictures into tiles is taken without them, and its
+    reference too. A conversation takes at most `plan.max_images` pictures, fewer where the context ends.
+    """
+    plan = plan or Plan()
+    changed = {} if plan.split_images else without_tiles(checkpoint)
+    family = family_of(checkpoint)
+    if plan.static and trace:
+        static.check_decoder(family.decoder_shape(checkpoint))
+    changed |= limits.hold(checkpoint, family, plan.max_image_tokens)
+    geometry = limits.narrowed(family.image(checkpoint), plan.max_image_tokens)
+    prompt = family.prompt(checkpoint)
+    image = static.fixed_views(geometry, plan.max_image_tokens) if plan.static else geometry
+    if image_required:
+        prompt = prompt.model_copy(update={"user_without_image": None})
+    context = limits.context(checkpoint, family, image, plan.max_context)
+    room = context // image.max_tokens
+    # before the costly steps; the gate repeats it on the written tokenizer
+    claims = proof.settle(checkpoint, prompt, geometry, max(1, min(plan.max_images, room)))
+    prompt = claims.prompt
+    for note in claims.notes:
+        say(f"note: {note}")
+    kind = GateReference if image == geometry else limits.presized(image)
+    reference = kind(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
+    if not reference.stop_ids:
+        raise CheckpointError(
+            f"{checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end; add it"
+        )
+    say("reference answers")
+    cases = gate.make_cases(
+        reference,
+        samples,
+        text_only=prompt.user_without_image is not None,
+        images=claims.images,
+        asked=proof.questions_of(checkpoint),
+    )
+    expected = None
+    if expect:
+        room = usual_context(context, image.max_tokens)
+        expected = gate_expected.record(reference, cases, prompt, claims.images, room)
+    if not trace:
+        graphs = {}
+    elif plan.static:
+        say("tracing the parts")
+        graphs = static.trace_all(checkpoint, family, image, StaticSizes(context, plan.chunk, plan.masked))
+    else:
+        say("tracing the parts")
+        graphs = trace_all(checkpoint, family)
+    return Facts(
+        checkpoint,
+        family,
+        image,
+        prompt,
+        graphs,
+        reference,
+        cases,
+        say,
+        images=claims.images,
+        notes=claims.notes,
+        changed=changed,
+        plan=plan,
+        context=context,
+        geometry=geometry,
+        examples=calibrate.answered(reference, examples),
+        expected=expected,
+    )
+
+
+def expected_of(facts: Facts) -> Expected:
+    """What the checkpoint answers, which `prepare` recorded."""
+    assert facts.expected is not None
+    return facts.expected
