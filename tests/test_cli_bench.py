@@ -52,7 +52,7 @@ def test_bench_prints_tables_and_the_conditions(two: list[Path]) -> None:
     for label in [label for label, _ in (*bench.STAGES, *bench.FIGURES)]:
         assert label in done.stdout
     assert "time over before's" in done.stdout
-    assert "1 threads" in done.stdout and "1 processes of 0 + 2 answers of 3 tokens" in done.stdout
+    assert "1 threads" in done.stdout and "1 process of 0 + 2 answers of 3 tokens" in done.stdout
     assert "not measured: sustained run: not asked for" in done.stdout
     assert "bench: after, round 1 of 1" in done.stderr
 
