@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from export import genai_graphs
+from export import browser_package, genai_graphs
 from export.checkpoint import Checkpoint
 from export.decoder import DecoderShape
 from export.families import Family
@@ -43,7 +43,7 @@ CONFIG, PROCESSOR = "genai_config.json", "genai_processor.json"
 
 EMBEDDING, DECODER, VISION = (f"onnx/genai_{name}.onnx" for name in ("embedding", "decoder", "vision"))
 NO_PADDING = -1
-WITHOUT = ("browser",)
+WITHOUT = (browser_package.TARGET,)
 """Targets whose bundles are not for it."""
 
 _FILTERS = {"bilinear": "LINEAR", "bicubic": "CUBIC", "lanczos": "LANCZOS"}

@@ -12,12 +12,11 @@ come from dumpsys. Nothing of this has been seen on a phone: docs/devices.md say
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.bench import bench_facts, bench_grid, bench_results, bench_summary, emulation
+from evals.bench import bench_facts, bench_grid, bench_results, bench_summary, emulation, system
 from evals.bench.bench_conditions import DeviceSheet, Disturbance, Energy, Reason
 from evals.bench.bench_facts import BundleFacts
 from evals.bench.bench_results import (
@@ -116,7 +115,7 @@ def _phone(adb: Adb, program: Program, machine: str, facts: BundleFacts, tell: T
 
 def _run(adb: Adb, phone: Phone, number: int) -> tuple[Run, Said]:
     """One process."""
-    before, started = heat(adb), _now()
+    before, started = heat(adb), system.now()
     said = remote_runner.measure(adb, phone.program, phone.cores)
     after = heat(adb)
     memory = Memory(
@@ -168,7 +167,7 @@ def _results(
     return bench_summary.complete(
         BenchResults(
             schema=SCHEMA,
-            created=_now(),
+            created=system.now(),
             tool=Tool(
                 name=f"pocketvlm's runner for {phone.runner.backend}", version=str(runner_plan.VERSION)
             ),
@@ -195,7 +194,3 @@ def _results(
             ),
         )
     )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
