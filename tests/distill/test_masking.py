@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import nn
 from distill.masks import magnitudes, masking
 from distill.masks.masking import Masker, Rule
 from runtime.errors import CheckpointError
+from tests.distill.peak import Peak
 
 RATIOS = st.integers(0, 50).map(lambda percent: percent / 100)
 
@@ -240,13 +239,6 @@ def test_pieces_give_what_the_whole_gives(weight: torch.Tensor, eighths: int, ra
     assert torch.equal(bits(model.decoder["up"].weight.data), bits(weight))
 
 
-def resident(field: str) -> int:
-    """Bytes that /proc tells of this process: VmRSS is now, VmHWM the most since it was last reset."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
 def test_large_tensors_and_no_second_copy() -> None:
     """Far more than the 16M elements of torch.quantile, every value a tie of many; the peak of building and
     masking is what is kept plus a fixed piece, well below another copy of the weights."""
@@ -255,16 +247,12 @@ def test_large_tensors_and_no_second_copy() -> None:
     held = weight[:, None]
     model = toy()
     model.decoder["up"].weight = torch.nn.Parameter(held)
-    Masker(toy(), 0.2).set(0.2)  # what is loaded on first use is no copy
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    masker = Masker(model, 0.2, only="decoder.up.weight")
-    masker.set(0.2)
-    masker.set(0.1)
-    grown = resident("VmHWM") - before
+    with Peak() as made:
+        masker = Masker(model, 0.2, only="decoder.up.weight")
+        masker.set(0.2)
+        masker.set(0.1)
     assert masker.kept_bytes <= (0.2 + 1 / 16) * held.nbytes + 1
-    assert grown < masker.kept_bytes + 96 * 2**20 < held.nbytes, f"{grown / 2**20:.0f} MiB"
+    assert made.peak < masker.kept_bytes + 10 * magnitudes.PIECE < held.nbytes / 2
     (measured,) = masker.measure()
     always_zero = -(-count // 2**14)
     assert measured.zeros == max(count // 10, always_zero) and measured.count == count
