@@ -105,7 +105,6 @@ def prepare(
         samples,
         text_only=prompt.user_without_image is not None,
         images=claims.images,
-        asked=proof.questions_of(checkpoint),
     )
     expected = None
     if expect:

@@ -85,14 +85,13 @@ def make_cases(
     *,
     text_only: bool,
     images: int = 1,
-    asked: Sequence[str] = proof.QUESTIONS,
 ) -> list[ParityCase]:
     """Cases over our own pictures and the user's, two in one turn and none, each with forced tokens."""
     for sample in samples:
         load(sample, Limits.model_fields["source_pixels"].default)  # one clear line for what is no picture
     own = [(name, image) for name, image in pictures() if name != "alpha" or _taken(reference, image)]
     found = [*own, *((f"sample-{index}", sample) for index, sample in enumerate(samples))]
-    questions = [question for question in asked if question.strip()]
+    questions = [question for question in proof.QUESTIONS if question.strip()]
     cases = [
         ParityCase(name, questions[index % len(questions)], image)
         for index, (name, image) in enumerate(found)

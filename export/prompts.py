@@ -98,14 +98,6 @@ def segments(
     return _Template(checkpoint, placeholder, before, token, after, tiled).spec(refused)
 
 
-def trims(checkpoint: Checkpoint) -> bool:
-    """Whether the chat template cuts blanks off the ends of a question, which segments do not."""
-    plain, blanks = (
-        render(checkpoint, [Message(text, (None,))], generate=False) for text in (_MARK, f" {_MARK}\n")
-    )
-    return plain == blanks
-
-
 def later_reason(checkpoint: Checkpoint) -> str | None:
     """Why `segments` gave no `later`, None when a further turn can be cut."""
     template = _Template(checkpoint, "", "", "", "", None)
@@ -136,6 +128,13 @@ class _Template:
             self.after, self.trail = self._split_after(after)
 
     # --- texts --------------------------------------------------------
+
+    @cached_property
+    def _trims(self) -> bool:
+        """Whether the template cuts white space off the ends of a question."""
+        texts = (_MARK, f" {_MARK}\n")
+        plain, blanks = (render(self.checkpoint, [Message(text, (None,))], generate=False) for text in texts)
+        return plain == blanks
 
     @cached_property
     def _added(self) -> re.Pattern[str]:
@@ -262,7 +261,7 @@ class _Template:
         left, right = text.split(_MARK)
         cut_left, before = self._split_after(left)
         after, cut_right = self._split_before(right)
-        slot = QuestionSlot(before=before, after=after)
+        slot = QuestionSlot(before=before, after=after, trim=self._trims)
         return (*self._fixed(cut_left), slot, *self._fixed(cut_right))
 
     def _fixed(self, text: str) -> tuple[Segment, ...]:

@@ -110,19 +110,17 @@ def reference_ids(checkpoint: Checkpoint, messages: Sequence[Message]) -> list[i
 
 def first_turn(checkpoint: Checkpoint, assemble: Assemble, *, text_only: bool) -> int:
     """One turn: every question with a picture (and without one), and pictures of other tilings."""
-    questions = questions_of(checkpoint)
-    cases = [Turn(question, (picture(0),)) for question in questions]
-    cases += [Turn(questions[n % 2], (picture(n),)) for n in range(1, len(SIZES))]
-    cases += [Turn(question) for question in questions] if text_only else []
+    cases = [Turn(question, (picture(0),)) for question in QUESTIONS]
+    cases += [Turn(QUESTIONS[n % 2], (picture(n),)) for n in range(1, len(SIZES))]
+    cases += [Turn(question) for question in QUESTIONS] if text_only else []
     return _compare(checkpoint, assemble, [[case] for case in cases], "one turn")
 
 
 def several_pictures(checkpoint: Checkpoint, assemble: Assemble, images: int) -> int:
     """Turns with up to `images` pictures, alike and of different tilings."""
     cases = [(0, 0), (7, 2), (3, 5), (1, 4, 9)]
-    questions = questions_of(checkpoint)
     turns = [
-        Turn(questions[index], tuple(picture(n) for n in numbers))
+        Turn(QUESTIONS[index], tuple(picture(n) for n in numbers))
         for index, numbers in enumerate(cases)
         if len(numbers) <= images
     ]
@@ -141,22 +139,16 @@ def later_turns(
         shapes += [((), one)] if text_only else []
         shapes += [(one, other), (one, (), other)] if images > 1 else []
         shapes += [(other, (picture(1), picture(3)), ())] if images > 2 else []
-    questions = questions_of(checkpoint)
     conversations = [
-        answered(checkpoint, later, [_turn(questions, index, n, each) for n, each in enumerate(shape)])
+        answered(checkpoint, later, [_turn(index, n, each) for n, each in enumerate(shape)])
         for index, shape in enumerate(shapes)
     ]
     return _compare(checkpoint, assemble, conversations, "further turns")
 
 
-def questions_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Those of QUESTIONS as a template leaves them that cuts blanks off their ends."""
-    return tuple(each.strip() for each in QUESTIONS) if prompts.trims(checkpoint) else QUESTIONS
-
-
-def _turn(questions: Sequence[str], index: int, n: int, pictures: tuple[Image.Image, ...]) -> Turn:
+def _turn(index: int, n: int, pictures: tuple[Image.Image, ...]) -> Turn:
     """Turn n of conversation `index`, with a question and an answer of its own."""
-    question = questions[(index + 3 * n) % len(questions)]
+    question = QUESTIONS[(index + 3 * n) % len(QUESTIONS)]
     return Turn(question, pictures, ANSWERS[(index + n) % len(ANSWERS)])
 
 
@@ -220,8 +212,6 @@ def settle(checkpoint: Checkpoint, prompt: PromptSpec, image: ImageSpec, images:
     assemble = assembler(prompt, tokenizer, prepare)
     first_turn(checkpoint, assemble, text_only=text_only)
     notes = []
-    if prompts.trims(checkpoint):
-        notes.append("blanks at the ends of a question: the chat template cuts them off, a session does not")
     if images > 1:
         try:
             several_pictures(checkpoint, assemble, images)

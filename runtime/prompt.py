@@ -88,7 +88,8 @@ def _turn(
             for number, image in enumerate(images):
                 ids += [*(segment.between if number else ()), *picture_ids(prompt.image, image)]
         else:
-            ids += encode(tokenizer, segment.before + question + segment.after)
+            asked = question.strip() if segment.trim else question
+            ids += encode(tokenizer, segment.before + asked + segment.after)
     return ids
 
 

@@ -29,11 +29,15 @@ class ImageSlot(Contract):
 
 
 class QuestionSlot(Contract):
-    """`before + question + after`, tokenised as one string without special tokens added."""
+    """`before + question + after`, tokenised as one string without special tokens added.
+
+    `trim`: white space at the ends of the question is left out, as by Python's `str.strip`, jinja's `trim`.
+    """
 
     kind: Literal["question"] = "question"
     before: str = ""
     after: str = ""
+    trim: bool = False
 
 
 Segment = Annotated[Ids | ImageSlot | QuestionSlot, Field(discriminator="kind")]

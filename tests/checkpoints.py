@@ -458,7 +458,8 @@ def write_gemma3(
             "size": {"height": side, "width": side},
         },
     }
-    template = CHATML.replace("IMAGE", "<start_of_image>")
+    trimmed = CHATML.replace("part['text']", "part['text'] | trim")  # as the published one does
+    template = trimmed.replace("IMAGE", "<start_of_image>")
     return write(out, config, GEMMA3_TOKENS, processor, template, seed, tokenizer)
 
 

@@ -25,7 +25,7 @@ from runtime.generation import GenerationOptions
 from runtime.session import Session, open_bundle
 from tests.checkpoints import FAMILIES, VARIANTS
 from tests.export.browser_probe import NODE, Probe, modules
-from tests.export.test_swift_reader import plain, texts
+from tests.export.test_swift_reader import BARE, WHITE, plain, texts, trimming
 
 pytestmark = pytest.mark.skipif(NODE is None, reason="no Node")
 needs_ort = pytest.mark.skipif(modules() is None, reason="no onnxruntime-web in POCKETVLM_NODE_MODULES")
@@ -229,6 +229,19 @@ def same_as_python(probe: Probe, session: Session, directory: Path, scratch: Pat
 
 def test_pictures_and_prompts(probe: Probe, tiny_bundle: Path, session: Session, tmp_path: Path) -> None:
     same_as_python(probe, session, tiny_bundle, tmp_path)
+
+
+def test_white_space_at_the_ends_is_trimmed_as_python_does(
+    probe: Probe, tiny_bundle: Path, session: Session, tmp_path: Path
+) -> None:
+    bundle = trimming(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "samples").write_bytes(bytes(3 * 8 * 8))
+    found = probe.right(
+        "prepare", bundle=bundle, width=8, height=8, channels=3, orientation=1, file=False,
+        samples=tmp_path / "samples", question=WHITE + BARE + WHITE, out=tmp_path / "pixels",
+    )  # fmt: skip
+    black = session.prepare(Image.new("RGB", (8, 8)))
+    assert found["ids"] == session.prompt_ids(BARE, [black]).tolist()
 
 
 def test_a_file_is_turned_upright(probe: Probe, tiny_bundle: Path, session: Session, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ SWIFT = os.environ.get("POCKETVLM_SWIFT") or shutil.which("swift")
 CHECK = Path(__file__).parent / "swift"
 TILES = ("smolvlm_tiles", "idefics3_tiles", "internvl_qwen3")
 QUESTION = "What is it? It's a 3"
+WHITE = "".join(chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace())
+BARE = "\ufeffwhat is\u3000 it?\u200b"
+"""Ends with what looks white and is not."""
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -185,6 +189,15 @@ def test_a_tokenizer_of_another_kind_is_refused(probe: Probe, tmp_path: Path) ->
 # --- pictures ---------------------------------------------------------
 
 
+def trimming(bundle: Path, out: Path) -> Path:
+    """A copy whose question slots trim."""
+    copy = Path(shutil.copytree(bundle, out))
+    manifest = (copy / "manifest.json").read_text()
+    assert '"trim": false' in manifest
+    (copy / "manifest.json").write_text(manifest.replace('"trim": false', '"trim": true'))
+    return copy
+
+
 def same_as_python(probe: Probe, session: Session, directory: Path, tmp_path: Path) -> None:
     drawn = np.random.default_rng(0)
     for height, width, channels in ((64, 64, 3), (37, 91, 3), (150, 64, 4), (203, 130, 3)):
@@ -219,6 +232,19 @@ def test_pictures_and_prompts_of_moving_shapes(probe: Probe, tmp_path: Path, fam
     bundle = export_checkpoint(checkpoint, tmp_path / "bundle")
     with open_bundle(bundle, threads=1) as session:
         same_as_python(probe, session, bundle, tmp_path)
+
+
+def test_white_space_at_the_ends_is_trimmed_as_python_does(
+    probe: Probe, tiny_bundle: Path, session: Session, tmp_path: Path
+) -> None:
+    bundle = trimming(tiny_bundle, tmp_path / "bundle")
+    (tmp_path / "samples").write_bytes(bytes(3 * 8 * 8))
+    found = probe.ask(
+        "prepare", bundle=str(bundle), width=8, height=8, channels=3, orientation=1, file=False,
+        samples=str(tmp_path / "samples"), question=WHITE + BARE + WHITE, out=str(tmp_path / "pixels"),
+    )  # fmt: skip
+    black = session.prepare(Image.new("RGB", (8, 8)))
+    assert found.get("ids") == session.prompt_ids(BARE, [black]).tolist(), found
 
 
 def test_a_file_is_turned_upright(probe: Probe, tiny_bundle: Path, session: Session, tmp_path: Path) -> None:

@@ -9,8 +9,16 @@ import { Fields } from './fields.js';
 const SEGMENTS = {
   ids: (fields) => ({ ids: fields.ints('ids') }),
   image: (fields) => ({ between: fields.ints('between') }),
-  question: (fields) => ({ before: fields.string('before'), after: fields.string('after') }),
+  question: (fields) => ({
+    before: fields.string('before'),
+    after: fields.string('after'),
+    trim: fields.bool('trim', false),
+  }),
 };
+
+// what Python's str.strip takes off; String.prototype.trim takes another set
+const BLANK = '[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]';
+const ENDS = new RegExp(`^${BLANK}+|${BLANK}+$`, 'g');
 
 function segments(list) {
   return list.map((fields) => {
@@ -97,7 +105,10 @@ export class Prompt {
     }
     return user.flatMap((segment) => {
       if (segment.kind === 'ids') return segment.ids;
-      if (segment.kind === 'question') return tokenizer.encode(segment.before + question + segment.after);
+      if (segment.kind === 'question') {
+        const asked = segment.trim ? question.replace(ENDS, '') : question;
+        return tokenizer.encode(segment.before + asked + segment.after);
+      }
       return images.flatMap((image, nth) => [...(nth ? segment.between : []), ...this.#picture(image)]);
     });
   }

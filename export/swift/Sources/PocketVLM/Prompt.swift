@@ -5,7 +5,7 @@ public struct PromptSpec {
     enum Segment {
         case ids([Int])
         case image(between: [Int])
-        case question(before: String, after: String)
+        case question(before: String, after: String, trim: Bool)
     }
 
     struct Tiled {
@@ -85,7 +85,10 @@ public struct PromptSpec {
             switch try fields.string("kind") {
             case "ids": found = .ids(try fields.ints("ids"))
             case "image": found = .image(between: try fields.ints("between"))
-            case "question": found = .question(before: try fields.string("before"), after: try fields.string("after"))
+            case "question":
+                found = .question(
+                    before: try fields.string("before"), after: try fields.string("after"),
+                    trim: try fields.bool("trim", or: false))
             case let kind: throw fields.wrong("kind", "ids, image or question, not \(kind)")
             }
             try fields.finish()
@@ -132,8 +135,8 @@ extension PromptSpec {
                 for (number, image) in images.enumerated() {
                     ids += try (number > 0 ? between : []) + picture(image)
                 }
-            case .question(let before, let after):
-                ids += try tokenizer.encode(before + question + after)
+            case .question(let before, let after, let trim):
+                ids += try tokenizer.encode(before + (trim ? trimmed(question) : question) + after)
             }
         }
         return ids
@@ -154,6 +157,20 @@ extension PromptSpec {
         }
         if image.views.count > rows * columns { ids += tiled.whole + tokens(image.views.last!.tokens) }
         return ids + tiled.after
+    }
+
+    /// Without the white space at its ends that Python's `str.strip` takes off.
+    private func trimmed(_ text: String) -> String {
+        func isBlank(_ scalar: Unicode.Scalar) -> Bool {
+            switch scalar.value {
+            case 0x09...0x0d, 0x1c...0x20, 0x85, 0xa0, 0x1680, 0x2000...0x200a: true
+            case 0x2028, 0x2029, 0x202f, 0x205f, 0x3000: true
+            default: false
+            }
+        }
+        let scalars = text.unicodeScalars.drop(while: isBlank)
+        guard let last = scalars.lastIndex(where: { !isBlank($0) }) else { return "" }
+        return String(String.UnicodeScalarView(scalars[...last]))
     }
 
     private func tokens(_ count: Int) -> [Int] {
