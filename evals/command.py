@@ -6,10 +6,15 @@ In: names of modules, steps. Out: errors that say what to install, lines on stde
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from runtime.errors import MissingExtra
+
+MANIFEST_NAME = "manifest.json"
+"""As in runtime/bundle.py, which is not imported for it: `--help` is instant."""
 
 
 def require(extra: str, modules: Sequence[str]) -> None:
@@ -24,6 +29,21 @@ def require(extra: str, modules: Sequence[str]) -> None:
 def listed(given: str | None) -> list[str] | None:
     """The parts of a list with commas."""
     return None if given is None else [part.strip() for part in given.split(",")]
+
+
+def without_searches(given: Sequence[Path]) -> list[Path]:
+    """The paths without what `export --quant auto` keeps beside a bundle, which a shell's `*` names, too.
+
+    NAME.auto is left out where NAME is a bundle and it is none; stderr says so.
+    """
+    found = []
+    for path in given:
+        bundle = path.with_name(path.name.removesuffix(".auto"))
+        if bundle != path and (bundle / MANIFEST_NAME).is_file() and not (path / MANIFEST_NAME).exists():
+            print(f"{path}: is what the search for {bundle.name} keeps, no bundle; left out", file=sys.stderr)
+        else:
+            found.append(path)
+    return found
 
 
 def is_main() -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evals.command import Progress, listed, require
+from evals.command import Progress, listed, require, without_searches
 from runtime.errors import InputError
 from runtime.installation import program_version
 
@@ -115,30 +115,36 @@ def bench(
     from evals.bench import bench as benches
     from evals.bench import bench_import, bench_results
 
+    bundles = without_searches(bundles or ())
+    there = {"dir": on_dir, "python": on_python, "wheels": on_wheels, "runner": on_runner, "clean": on_clean}
+    if on is None and (odd := [f"--on-{name}" for name, value in there.items() if value]):
+        raise InputError(f"{', '.join(odd)}: wanted --on, the device, too")
     if results is not None and on is not None:
         raise InputError("--import and --on: one of the two; results are read, or measured on a device")
     if results is not None:
-        found = bench_import.read(results, bundles or (), device_name)
+        found = bench_import.read(results, bundles, device_name)
+        if out is not None:
+            bench_results.check_place(out)
+            bench_results.write(found, out)
     elif on is not None:
         from evals.remote import remote
 
         settings = remote.Settings(on_dir or remote.FOLDER, on_python, on_wheels, on_clean)
         with Progress("bench") as progress:
-            samples = out and out.with_suffix(".telemetry.jsonl")
             found = remote.measure(
                 on,
-                bundles or (),
+                bundles,
                 context,
                 settings,
                 runner=on_runner,
                 tell=progress,
-                samples_to=samples,
+                out=out,
             )
     else:
-        for bundle in bundles or ():
+        for bundle in bundles:
             _require_backend(bundle)
         options = benches.Options(
-            bundles=tuple(bundles or ()),
+            bundles=tuple(bundles),
             image=image,
             question=question,
             images=images,
@@ -159,8 +165,6 @@ def bench(
         )
         with Progress("bench", spin=False) as progress:
             found = benches.measure(options, out, progress)
-    if out is not None:
-        bench_results.write(found, out)
     if as_json:
         typer.echo(bench_results.dumps(found))
     elif out is not None:
@@ -252,7 +256,7 @@ def evaluate(
 
     console = Console(stderr=True, highlight=False, markup=False)
     request = eval_command.Request(
-        models=models,
+        models=without_searches(models),
         task=task,
         teachers=teacher or (),
         split=split,

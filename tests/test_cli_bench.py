@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evals import results as contract
-from evals.bench import bench, bench_grid, bench_results, bench_summary
+from evals.bench import bench, bench_grid, bench_process, bench_results, bench_summary
 from evals.bench.bench_results import BenchResults
-from runtime import conformance
+from evals.command import MANIFEST_NAME, without_searches
+from runtime import bundle, conformance, files
 from runtime.errors import BundleError, InputError
 from tests.cli import call, refusal
 from tests.evals import bench_data, synthetic
@@ -78,6 +82,41 @@ def cells(table: Any) -> dict[str, list[str]]:
     return dict(zip(columns[0], zip(*columns[1:], strict=True), strict=True))
 
 
+def test_results_that_cannot_be_written_are_not_lost(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk after the last process: with room again the same bench measures nothing anew."""
+    out = tmp_path / "bench.json"
+    image, question = bench_grid.subject(tiny_bundle, None, None)
+    options = bench.Options(
+        (tiny_bundle,), image, question, rounds=1, warmup=0, repeats=1, tokens=1, threads=1, bandwidth_s=0.0
+    )
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as broken, pytest.raises(InputError, match="No space left"):
+        broken.setattr(bench_results.files, "write_text", replaced(full, out))
+        bench.measure(options, out, lambda step: None)
+    assert not out.exists()
+    monkeypatch.setattr(bench_process, "run", lambda task: pytest.fail("measured again"))
+    found = bench.measure(options, out, lambda step: None)
+    assert bench_results.read(out) == found
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def replaced(instead: Callable[[Path, str], None], place: Path) -> Callable[[Path, str], None]:
+    """`files.write_text`, but for one place."""
+    write = files.write_text
+    return lambda path, text: (instead if path == place else write)(path, text)
+
+
+def test_a_place_for_results_is_asked_for_before_a_device_measures(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Nothing listens at that address: the folder is told first."""
+    far = ("bench", tiny_bundle, "--on", "ssh://nobody@127.0.0.1:1")
+    assert "is a directory; give the name of a file" in refusal(*far, "--out", tmp_path)
+
+
 def test_the_table_shows_each_bundles_own_figures() -> None:
     rows = cells(bench.times(bench_data.results((12.5, 250))))
     assert rows["first text (TTFT)"] == ("12.5 / 12.5", "250 / 250")
@@ -122,6 +161,26 @@ def test_bad_input_of_bench_is_one_line(tiny_bundle: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def test_options_of_a_device_want_the_device(tiny_bundle: Path) -> None:
+    assert "--on-dir: wanted --on, the device, too" in refusal("bench", tiny_bundle, "--on-dir", "x")
+    line = refusal("bench", tiny_bundle, "--on-runner", "r", "--on-clean")
+    assert "--on-runner, --on-clean: wanted --on" in line
+
+
+def test_a_search_beside_a_bundle_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`bundles/*` names it, too. Where there is no such bundle, it is told as what it is: no bundle."""
+    for name in ("student-onnx-auto", "old.auto", "lone.auto", "student-onnx-auto.auto"):
+        (tmp_path / name).mkdir()
+    for name in ("student-onnx-auto", "old.auto"):
+        (tmp_path / name / "manifest.json").touch()
+    given = sorted(tmp_path.iterdir())
+    assert [path.name for path in without_searches(given)] == ["lone.auto", "old.auto", "student-onnx-auto"]
+    said = capsys.readouterr().err
+    assert "student-onnx-auto.auto: is what the search for student-onnx-auto keeps, no bundle" in said
+    assert len(said.splitlines()) == 1
+    assert MANIFEST_NAME == bundle.MANIFEST_NAME
+
+
 @pytest.mark.parametrize("given", ["0x5", "224x", "axb", "99999", "-1"])
 def test_sizes_that_are_none_are_refused(given: str) -> None:
     with pytest.raises(InputError, match=f"--images {given}"):
@@ -161,6 +220,13 @@ def test_bad_input_of_report_is_one_line(tmp_path: Path) -> None:
     other.write_text('{"schema_version": 1, "colour": 1}')
     assert "results.json" in refusal("report", other)
     assert not (tmp_path / "index.html").exists()
+
+
+def test_a_file_is_no_place_for_a_report(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    stored = contract.write(synthetic.results(), tmp_path / "results.json")
+    line = refusal("report", stored, "--out", tmp_path / "file")
+    assert "file: is a file, wanted a directory; choose another place" in line
 
 
 def test_help_has_examples() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from evals import formatting as fmt
 from evals import power
-from evals.bench import bench_grid, bench_run
+from evals.bench import bench_grid, bench_results, bench_run
 from evals.bench.bench_results import BenchResults, BundleResult, PointResult, Policy, Spread
 from runtime import files
 from runtime.errors import InputError
@@ -68,7 +68,7 @@ class Options:
 def measure(options: Options, out: Path | None, progress: Callable[[str], None]) -> BenchResults:
     """Measure here. With `out`, an interrupted bench of the same options goes on where it was.
 
-    Raises PocketError.
+    The results are in `out` before what they were made of is deleted. Raises PocketError.
     """
     if not options.bundles:
         raise InputError("bench: got no bundle; give bundle directories, or --import with a result file")
@@ -101,7 +101,10 @@ def measure(options: Options, out: Path | None, progress: Callable[[str], None])
             device_name=options.device_name,
             meter_reason=meter if isinstance(meter, str) else None,
         )
-        return bench_run.run(request, work / "runs" if out else None, progress)
+        found = bench_run.run(request, work / "runs" if out else None, progress)
+        if out is not None:
+            bench_results.write(found, out)
+        return found
 
 
 @contextlib.contextmanager
@@ -111,8 +114,7 @@ def _work(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="pocketvlm-bench-") as directory:
             yield Path(directory)
         return
-    if out.is_dir():
-        raise InputError(f"--out {out}: is a directory; give the name of a file")
+    bench_results.check_place(out)
     work = out.with_name(f"{out.name}.work")
     try:
         work.mkdir(parents=True, exist_ok=True)

@@ -86,14 +86,6 @@ class Kept:
         if self._directory is not None:
             files.write_shard(self._path(key), [outcome.model_dump(mode="json")])
 
-    def clear(self) -> None:
-        """Delete them: the result is written."""
-        if self._directory is not None and self._directory.is_dir():
-            for path in self._directory.glob("*.jsonl"):
-                path.unlink()
-            files.remove_stale(self._directory)
-            self._directory.rmdir()
-
     def _path(self, key: str) -> Path:
         assert self._directory is not None
         return self._directory / f"{key[:32]}.jsonl"

@@ -12,6 +12,7 @@ name, texts, enums, lists and objects; unknown keys are refused; null means not 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -345,6 +346,20 @@ class BenchResults(Record):
 
     def bundle(self, name: str) -> BundleResult | None:
         return next((bundle for bundle in self.bundles if bundle.name == name), None)
+
+
+def check_place(out: Path) -> None:
+    """Ask before measuring whether results can be written there. Raises InputError when they cannot."""
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a directory; give the name of a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"--out {out}: cannot be written there ({out.parent} is a file)") from None
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written there ({error.strerror})") from error
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: cannot be written there (no right to write in {out.parent})")
 
 
 def write(results: BenchResults, path: Path) -> Path:

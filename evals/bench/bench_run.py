@@ -60,6 +60,7 @@ class _Measured:
 
 def run(request: Request, kept: Path | None = None, progress: Progress | None = None) -> BenchResults:
     """Measure. `kept`: a directory for what single processes found; the same request then goes on from it.
+    It is the caller's to delete, once the results are written.
 
     A bundle that fails at some grid points has them in `missing`; one that fails at all of them in the first
     round raises the first of these errors. Raises PocketError, InputError.
@@ -84,9 +85,7 @@ def run(request: Request, kept: Path | None = None, progress: Progress | None = 
     evaluated = _evaluated(found)
     for each in found if not (emulated or evaluated) else ():
         runner.extras(each, request.grid[0])
-    results = _results(request, found, [*before, *runner.bandwidth()], emulated, evaluated)
-    runner.kept.clear()
-    return results
+    return _results(request, found, [*before, *runner.bandwidth()], emulated, evaluated)
 
 
 class _Runner:

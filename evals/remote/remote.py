@@ -93,15 +93,27 @@ def measure(
     *,
     runner: Path | None = None,
     tell: Tell = print,
-    samples_to: Path | None = None,
+    out: Path | None = None,
 ) -> BenchResults:
     """What `--on` does: a Linux machine (ssh://), a phone (adb://) or a browser (browser://).
 
-    `context`: typer's, of the verb. Raises PocketError; InputError on an address of no such kind, or an
-    option that a phone or a browser does not know.
+    `context`: typer's, of the verb. `out`: where the results are written. Raises PocketError; InputError on
+    an address of no such kind, or an option that a phone or a browser does not know.
     """
+    if out is not None:
+        bench_results.check_place(out)
     if url.startswith("ssh:"):
-        return bench(url, Request(tuple(bundles), passed_on(context)), settings, tell, samples_to)
+        return bench(url, Request(tuple(bundles), passed_on(context)), settings, tell, out)
+    found = _without_ssh(url, bundles, context, runner, tell)
+    if out is not None:
+        bench_results.write(found, out)
+    return found
+
+
+def _without_ssh(
+    url: str, bundles: Sequence[Path], context: Any, runner: Path | None, tell: Tell
+) -> BenchResults:
+    """A browser's results, or a phone's."""
     if url.startswith(f"{remote_browser.SCHEME}:"):
         return remote_browser.measure(url, bundles, context.params, _given(context), tell)
     if not url.startswith("adb:"):
@@ -121,11 +133,12 @@ def bench(
     request: Request,
     settings: Settings = Settings(),
     tell: Tell = print,
-    samples_to: Path | None = None,
+    out: Path | None = None,
 ) -> BenchResults:
     """Run the bench on the device; its results, marked with where they come from.
 
-    samples_to: where the samples of heat, clock and power go (`evals/bench/telemetry.py`), if there are any.
+    out: where they are written, and beside it the samples of heat, clock and power if there are any
+    (`evals/bench/telemetry.py`), before they are deleted there.
     Raises DeviceError, InputError, PocketError; after any of them the same call goes on where it was.
     """
     target = remote_ssh.parse(url)
@@ -139,11 +152,14 @@ def bench(
         remote_setup.claim(ssh, folder)
         place = _Place(ssh, folder, facts, request, settings, wheel, tell)
         results, samples = place.results()
+        if out is not None:
+            bench_results.write(results, out)
+            if samples:
+                files.write_bytes(out.with_suffix(".telemetry.jsonl"), samples)
+        remote_job.stop(ssh, folder)
         if settings.clean:
             tell(f"deleting {folder} there")
             remote_setup.remove(ssh, folder)
-    if samples_to is not None and samples:
-        files.write_bytes(samples_to, samples)
     return results
 
 
@@ -160,7 +176,7 @@ class _Place:
     tell: Tell
 
     def results(self) -> tuple[BenchResults, bytes]:
-        """The results, and the samples taken meanwhile."""
+        """The results, and the samples taken meanwhile. They stay there, too."""
         job_id, job = self.job_id(), remote_job.look(self.ssh, self.folder)
         if job.state is State.RUNNING and job.id != job_id:
             raise DeviceError(
@@ -181,9 +197,7 @@ class _Place:
             words = remote_job.failure(self.ssh, self.folder, code)
             raise DeviceError(f"{self.ssh.target}: the bench there: {words}")
         samples = self.samples()
-        results = marked(self.fetch(), self.facts, samples)
-        remote_job.stop(self.ssh, self.folder)
-        return results, samples
+        return marked(self.fetch(), self.facts, samples), samples
 
     def passed_line(self, line: str) -> None:
         """A line of the bench there; an error's line comes with the error."""

@@ -118,8 +118,13 @@ def test_results_wait_for_who_asked(
     monkeypatch.setattr(remote._Place, "fetch", kept)
     measured = bench_results.read(tmp_path / "device/run/bench.json")
     lines: list[str] = []
-    fetched = remote.bench(server.url, request, settings, lines.append)
-    assert fetched.created == measured.created
+    nowhere = tmp_path / "file" / "bench.json"
+    nowhere.parent.touch()
+    with pytest.raises(InputError, match="cannot be written"):  # fetched, and no place for it here
+        remote.bench(server.url, request, settings, lines.append, nowhere)
+    out = tmp_path / "bench.json"
+    fetched = remote.bench(server.url, request, settings, lines.append, out)
+    assert fetched.created == measured.created and bench_results.read(out) == fetched
     assert any("has ended there; fetching" in line for line in lines)
 
 
