@@ -40,6 +40,7 @@ def write_report(results: Results, out_dir: Path) -> Path:
     """
     results = results.model_copy(update={"verdict": verdict.sentences(results)})
     page = render(results)
+    files.make_directory(out_dir)
     contract.write(results, out_dir / DATA)
     files.write_text(out_dir / PAGE, page)
     return out_dir / PAGE

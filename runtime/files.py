@@ -42,6 +42,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it. Raises StateError where a file has the name, or nobody may."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        why = "is a file" if path.is_file() else f"cannot be made ({error.strerror})"
+        raise StateError(f"{path}: {why}, wanted a directory; choose another place") from error
+
+
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
@@ -64,7 +73,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     A directory already at `path` is replaced in two renames, the old one deleted last.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{path.name}-", dir=path.parent))
     temporary.chmod(0o755)
     try:
@@ -109,7 +118,7 @@ def lock(directory: Path) -> Iterator[None]:
     """
     if fcntl is None:
         raise StateError(f"{directory}: this platform has no file locks; run this command on Linux or macOS")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with (directory / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,6 +33,7 @@ FINDINGS = {
 def write(found: Comparison, out: Path, *, markdown: bool = False) -> list[Path]:
     """The page first, then what else was written. Raises MissingExtra without jinja2."""
     page = render(found)
+    files.make_directory(out)
     contract.write(found, out / DATA)
     if markdown:
         files.write_text(out / MARKDOWN, ship_markdown.comparison(found))

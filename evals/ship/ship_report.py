@@ -53,6 +53,7 @@ def write(report: Report, out: Path, *, markdown: bool = False) -> Path:
     Raises MissingExtra without matplotlib or jinja2, before anything is written.
     """
     page = ship_page.render(report)
+    files.make_directory(out)
     ship_results.write(report, out / DATA)
     if markdown:
         files.write_text(out / MARKDOWN, ship_markdown.report(report))

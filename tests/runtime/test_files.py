@@ -124,6 +124,17 @@ def test_a_failed_directory_leaves_the_old_one(tmp_path: Path) -> None:
     assert names(target) == ["a"] and names(tmp_path) == ["stage"]
 
 
+def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.touch()
+    with pytest.raises(StateError, match="file: is a file, wanted a directory"):
+        files.make_directory(taken)
+    with pytest.raises(StateError, match="cannot be made"), files.new_directory(taken / "a" / "b"):
+        pytest.fail("a directory below a file")
+    with pytest.raises(StateError, match="is a file"), files.lock(taken):
+        pytest.fail("a lock in a file")
+
+
 def test_stale_files_and_directories_go(tmp_path: Path) -> None:
     (tmp_path / f"{files.TEMP_PREFIX}dir").mkdir()
     (tmp_path / f"{files.TEMP_PREFIX}dir" / "x").write_text("x")
