@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from runtime.errors import InputError
+from runtime.generation import check_finite
 from runtime.prompt import encode
 from runtime.prompt_spec import PromptSpec
 
@@ -137,6 +138,7 @@ def draw(log_probabilities: Sequence[float], temperature: float, seed: int) -> i
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Natural logarithms of probabilities (vocab,)."""
+    """Natural logarithms of probabilities (vocab,). InputError where the largest logit is no number."""
+    check_finite(logits.max())
     shifted = logits.astype(np.float64) - float(logits.max())
     return shifted - np.log(np.exp(shifted).sum())

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
+from runtime.errors import InputError
+
 Logits = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -54,16 +56,27 @@ class Sampler:
         self.seen = {int(token) for token in prompt_ids}
 
     def pick(self, logits: Logits) -> int:
-        """The id chosen from logits (vocab,); ties go to the lowest id."""
+        """The id chosen from logits (vocab,); ties go to the lowest id. InputError without a best one."""
         scores = logits
         if self.options.repetition_penalty != 1.0:
             scores = penalise(logits, sorted(self.seen), self.options.repetition_penalty)
         if self.random is None:
             token = int(np.argmax(scores))
+            check_finite(scores[token])
         else:
+            check_finite(scores.max())
             token = int(self.random.choice(len(scores), p=distribution(scores, self.options)))
         self.seen.add(token)
         return token
+
+
+def check_finite(best: np.float32) -> None:
+    """Raise InputError where the largest logit is none: what overflows in float16 would else be an answer."""
+    if not np.isfinite(best):
+        raise InputError(
+            f"answer: the largest logit is {best}, wanted a number; the device computes this question "
+            "wrongly: run `pocketvlm doctor BUNDLE`, try another provider or a bundle of another precision"
+        )
 
 
 def penalise(logits: Logits, seen: Sequence[int], penalty: float) -> Logits:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.generation import logits_process as reference
 
 from runtime import generation, prompt
+from runtime.errors import InputError
 from runtime.generation import Detokenizer, GenerationOptions, Sampler, StopStrings, Writer
 
 VOCAB = 50
@@ -98,6 +99,18 @@ def test_top_k_only_draws_from_the_best(logits: np.ndarray, k: int, seed: int) -
 
 def test_greedy_is_the_default_and_ties_go_to_the_lowest_id() -> None:
     assert Sampler(GenerationOptions(), []).pick(np.array([0, 3, 3, 1], dtype=np.float32)) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_no_numbers_are_no_answer(bad: float, temperature: float) -> None:
+    """As where float16 overflows on a device; what was masked out (-inf) may stand beside numbers."""
+    sampler = Sampler(GenerationOptions(temperature=temperature), [])
+    with pytest.raises(InputError, match=r"the largest logit is (nan|inf), wanted a number"):
+        sampler.pick(np.array([0.0, bad, 1.0], np.float32))
+    with pytest.raises(InputError, match="the largest logit is -inf"):
+        sampler.pick(np.full(3, -np.inf, np.float32))
+    assert sampler.pick(np.array([-np.inf, 1.0, -np.inf], np.float32)) == 1
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
