@@ -29,6 +29,7 @@ from export.families.gguf import gguf_family
 from export.gguf_kinds import DIRECT, Request, check
 from export.gguf_plan import Plan as FilePlan
 from export.gguf_source import Source, open_source
+from export.gguf_vocabulary import unread_flags
 from export.gguf_write import stored_bytes, write
 from export.targets import Plan
 from runtime import bundle
@@ -82,7 +83,7 @@ def export_gguf(
         target.check(path)
     say = progress or (lambda _: None)
     say("reading the checkpoint")
-    found = plan_files(checkpoint)
+    found = _planned(checkpoint)
     types = llamacpp.chosen([piece.name for piece in found.text.pieces], request.rules)
     space.ask(_needed(found, targets, types))
     facts = prepare(
@@ -102,6 +103,15 @@ def export_gguf(
             with target.staging(path) as staged:
                 work.build(staged, check(kind), names[kind])
     return list(targets.values())
+
+
+def _planned(checkpoint: Path) -> Files:
+    """As `plan_files`; of a checkpoint that cannot be loaded either, the reason for that."""
+    try:
+        return plan_files(checkpoint)
+    except CheckpointError:
+        load(checkpoint)
+        raise
 
 
 def plan_files(checkpoint: Path) -> Files:
@@ -166,10 +176,10 @@ class Work:
         parts = (self._text(staged, kind, name), self._vision(staged, kind, name))
         shutil.copyfile(facts.checkpoint.path / "tokenizer.json", staged / "tokenizer.json")
         draft = self._draft(staged, kind, name, parts)
-        remark = _stopped_tools(staged / "tokenizer.json", self.files.vision.tools_need)
-        if remark:
+        remarks = _remarks(staged / "tokenizer.json", self.files.vision.tools_need)
+        for remark in remarks:
             facts.say(f"{kind}: {remark}")
-        gguf_modelfile.write(staged, draft, remark)
+        gguf_modelfile.write(staged, draft, remarks)
         facts.say(f"{kind}: parity gate")
         base = {} if kind == "f32" else {"text_model": self._base(), "mmproj": self._base_vision()}
         if kind not in _NARROW and not self._proved:
@@ -223,17 +233,21 @@ class Work:
         return draft.model_copy(update={"tool_versions": tools})
 
 
-def _stopped_tools(tokenizer: Path, needed: Sequence[str]) -> str:
-    """A sentence about tokens that llama.cpp's own tools cannot do without; nothing when all are there."""
+def _remarks(tokenizer: Path, needed: Sequence[str]) -> list[str]:
+    """Sentences about tokens with which llama.cpp's own tools do not get along, as a session does."""
     found = load_tokenizer(tokenizer)
+    remarks = [
+        f"llama.cpp's own tools read {text!r} without its {flag} (docs/gguf.md)"
+        for text, flag in list(unread_flags(found).items())[:1]
+    ]
     pieces = {
         found.decode([place], skip_special_tokens=False)
         for place in range(found.get_vocab_size() if needed else 0)
     }
     if lacking := [text for text in needed if text not in pieces]:
         what = f"the tokenizer has no token {lacking[0]!r}"
-        return f"llama.cpp's own tools stop on pictures: {what} (docs/gguf.md)"
-    return ""
+        remarks.append(f"llama.cpp's own tools stop on pictures: {what} (docs/gguf.md)")
+    return remarks
 
 
 def _part(staged: Path, role: Literal["text_model", "mmproj"], path: Path, kind: str) -> Part:

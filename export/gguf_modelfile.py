@@ -7,6 +7,7 @@ Ollama's templates are Go's; the manifest's segments are ids, so their text stan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -19,8 +20,8 @@ from runtime.prompt_spec import Ids, QuestionSlot, Segment
 NAME = "Modelfile"
 
 
-def write(staged: Path, manifest: Manifest, remark: str = "") -> None:
-    """Write the file; a system prompt of the template is part of it. `remark`: a line of comment more."""
+def write(staged: Path, manifest: Manifest, remarks: Sequence[str] = ()) -> None:
+    """Write the file; a system prompt of the template is part of it. `remarks`: further lines of comment."""
     tokenizer = load_tokenizer(staged / manifest.tokenizer.file.path)
 
     def text(ids: tuple[int, ...]) -> str:
@@ -38,7 +39,7 @@ def write(staged: Path, manifest: Manifest, remark: str = "") -> None:
     stops = [f"PARAMETER stop {_quoted(text((stop,)))}" for stop in manifest.tokenizer.stop_ids]
     lines = [
         "# Not tried with Ollama: written from the chat template, see docs/gguf.md.",
-        *([f"# {remark}"] if remark else []),
+        *(f"# {remark}" for remark in remarks),
         f"FROM ./{manifest.part('text_model').path}",
         f"FROM ./{manifest.part('mmproj').path}",
         f'TEMPLATE """{template}"""',

@@ -7,13 +7,14 @@ In: tokenizer.json and tokenizer_config.json. Out: key-value pairs. Not here: wh
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 from tokenizers import Tokenizer
 
-from export.gguf_vocabulary import merged, pre_tokenizer, scored
+from export.gguf_vocabulary import NAMED_ENDS, merged, pre_tokenizer, scored
 from runtime.errors import CheckpointError
 
 
@@ -25,7 +26,8 @@ def write_tokenizer(writer: Any, path: Path, vocabulary: int) -> None:
         raise CheckpointError(f"{path}/tokenizer.json: only BPE has a GGUF export here, not {kind}")
     if (highest := max(tokenizer.get_vocab().values())) >= vocabulary:
         raise CheckpointError(
-            f"{path}: the tokenizer has id {highest}, the model has {vocabulary} embeddings"
+            f"{path}: the tokenizer has id {highest}, the model has {vocabulary} embeddings; save the model "
+            "after resize_token_embeddings, or the tokenizer without the tokens that were added"
         )
     by_scores = bool(content["model"].get("byte_fallback"))
     if by_scores:
@@ -34,7 +36,33 @@ def write_tokenizer(writer: Any, path: Path, vocabulary: int) -> None:
         _write_merged(writer, tokenizer, content, vocabulary, path)
     special = gguf.SpecialVocab(path, load_merges=not by_scores)
     special.add_special_token |= _added(tokenizer)
+    if (template := _template(path)) is not None:
+        special.chat_template = template
     special.add_to_gguf(writer)
+    _write_ends(writer, path, tokenizer, special.special_token_ids)
+
+
+def _template(path: Path) -> str | None:
+    """The chat template that transformers' processor takes, before any in tokenizer_config.json."""
+    jinja, older = path / "chat_template.jinja", path / "chat_template.json"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    found = json.loads(older.read_text(encoding="utf-8")).get("chat_template") if older.is_file() else None
+    return found if isinstance(found, str) else None
+
+
+def _write_ends(writer: Any, path: Path, tokenizer: Tokenizer, known: Mapping[str, int]) -> None:
+    """Further tokens that end an answer. llama.cpp has keys for two, and knows some more by their text."""
+    settings = path / "generation_config.json"
+    content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    found = content.get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    others = [
+        each for each in ids
+        if each is not None and each not in known.values() and tokenizer.id_to_token(each) not in NAMED_ENDS
+    ]  # fmt: skip
+    for role, place in zip((role for role in ("eot", "eom") if role not in known), others, strict=False):
+        getattr(writer, f"add_{role}_token_id")(place)
 
 
 def _write_merged(

@@ -71,6 +71,24 @@ _NAMED_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 """As llama.cpp's own converter has them."""
 
 
+NAMED_ENDS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+})  # fmt: skip
+"""Tokens at which llama.cpp ends an answer because of their text."""
+
+
+def unread_flags(tokenizer: Tokenizer) -> dict[str, str]:
+    """Added tokens that take blanks beside them, or whole words alone, with what they do; llama.cpp has no
+    such rules. A prompt that comes as ids does not need them."""
+    flags = ("lstrip", "rstrip", "single_word")
+    return {
+        token.content: next(flag for flag in flags if getattr(token, flag))
+        for token in tokenizer.get_added_tokens_decoder().values()
+        if any(getattr(token, flag) for flag in flags)
+    }
+
+
 def pre_tokenizer(content: dict[str, Any], path: Path) -> str:
     """llama.cpp's name for the `pre_tokenizer` of a tokenizer.json. CheckpointError for another one."""
     found = content.get("pre_tokenizer") or {}

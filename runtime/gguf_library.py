@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def load(spin: bool = False) -> tuple[Any, Any]:
     llama_cpp.llama_backend_init()
     global _silent
     if _silent is None:
-        _silent = llama_cpp.llama_log_callback(lambda *_: None)
+        _silent = llama_cpp.llama_log_callback(_listen)
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         mtmd_cpp.mtmd_log_set(_silent, None)
         mtmd_cpp.mtmd_helper_log_set(_silent, None)
@@ -59,6 +60,21 @@ def load(spin: bool = False) -> tuple[Any, Any]:
 
 
 _silent: Any = None  # the library keeps a pointer to it
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_complaints: deque[str] = deque(maxlen=32)
+
+
+def _listen(level: int, text: bytes, _: Any) -> None:
+    """Nothing is printed; errors are kept for the message of whoever called."""
+    if level == _ERROR:
+        _complaints.append(text.decode(errors="replace").strip())
+
+
+def _complaint() -> str:
+    """In brackets the first error that the library told since it was last asked: its cause."""
+    found = next((line.rsplit(": ", 1)[-1] for line in _complaints if line), "")
+    _complaints.clear()
+    return f" ({found})" if found else ""
 
 
 def _flash_attention(lib: Any, settings: Settings) -> int:
@@ -75,9 +91,12 @@ class TextModel:
         lib = self._lib
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        _complaints.clear()
         self.model = lib.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.model:
-            raise BundleError(f"{path.name}: llama.cpp cannot open it; re-export, or update llama-cpp-python")
+            raise BundleError(
+                f"{path.name}: llama.cpp cannot open it{_complaint()}; re-export, or update llama-cpp-python"
+            )
         self.vocabulary = lib.llama_model_get_vocab(self.model)
         self.tokens = int(lib.llama_vocab_n_tokens(self.vocabulary))
         self.width = int(lib.llama_model_n_embd_inp(self.model))
@@ -209,9 +228,12 @@ class VisionModel:
         wanted.image_min_tokens, wanted.image_max_tokens = 1, MOST_IMAGE_TOKENS
         wanted.flash_attn_type = _flash_attention(lib, settings)
         self._text, self._name = text, path.name
+        _complaints.clear()
         self.context = mtmd.mtmd_init_from_file(str(path).encode(), text.model, wanted)
         if not self.context:
-            raise BundleError(f"{path.name}: llama.cpp cannot open it beside the text model; re-export")
+            raise BundleError(
+                f"{path.name}: llama.cpp cannot open it beside the text model{_complaint()}; re-export"
+            )
 
     def encode(self, pixels: NDArray[np.uint8]) -> Floats:
         """Embeddings (tokens, width) of one picture (H, W, 3) whose size llama.cpp keeps as it is."""

@@ -14,15 +14,16 @@ from typing import Any
 import gguf
 
 from export.families.gguf_gemma3 import Gemma3Gguf
+from export.families.gguf_internvl import InternVlGguf
 from export.families.gguf_layout import (
     ARCH,
-    INTERNVL,
+    GELUS,
     KEYS,
     LFM2,
     QWEN,
     SIGLIP,
     Config,
-    first,
+    check_act,
     head_dim,
     nothing_special,
     rotate_half_to_pairs,
@@ -57,6 +58,8 @@ class SmolVlmGguf:
         return Plan(KEYS[ARCH.LLAMA], "text", pieces, values, has_tokenizer=True)
 
     def vision(self, config: Config, preprocessor: Config, names: Sequence[str]) -> Plan:
+        check_act(config, "vision_config", "hidden_act", GELUS)
+
         def values(writer: Any) -> None:
             vision = config["vision_config"]
             image = int(vision["image_size"])
@@ -81,56 +84,6 @@ class SmolVlmGguf:
         return Plan("clip", "vision", pieces, values, has_tokenizer=False, tools_need=needed)
 
 
-_INTERNVL_TEXT = {"qwen2": ARCH.QWEN2, "qwen3": ARCH.QWEN3}
-
-
-class InternVlGguf:
-    """InternVL in the layout of transformers (`-hf`): Qwen2 or Qwen3 text, InternViT, two-layer projector."""
-
-    model_types = ("internvl",)
-
-    def text(self, config: Config, names: Sequence[str]) -> Plan:
-        kind = config["text_config"]["model_type"]
-        if kind not in _INTERNVL_TEXT:
-            raise CheckpointError(
-                f"text_config.model_type {kind!r} has no GGUF export here; known: {', '.join(_INTERNVL_TEXT)}"
-            )
-        arch = _INTERNVL_TEXT[kind]
-        pieces = text_pieces(arch, config, names, lambda _: None)
-        return Plan(
-            KEYS[arch], "text", pieces, lambda writer: text_values(writer, config), has_tokenizer=True
-        )
-
-    def vision(self, config: Config, preprocessor: Config, names: Sequence[str]) -> Plan:
-        def special(rest: str, source: str) -> list[Piece] | None:
-            if rest == "embeddings.cls_token":
-                return [Piece("v.class_embd", source, lambda t: t.reshape(-1), "f32")]
-            if rest == "embeddings.position_embeddings":
-                # llama.cpp's graph puts the class token after the patches
-                return [Piece("v.position_embd.weight", source, lambda t: t[0].roll(-1, 0), "f32")]
-            return None
-
-        def values(writer: Any) -> None:
-            vision = config["vision_config"]
-            vision_values(
-                writer, config, preprocessor, image=first(vision["image_size"]),
-                heads="num_attention_heads", layers="num_hidden_layers",
-            )  # fmt: skip
-            writer.add_clip_projector_type(gguf.VisionProjectorType.INTERNVL)
-            writer.add_vision_attention_layernorm_eps(float(vision["layer_norm_eps"]))
-            if vision["hidden_act"] != "gelu":
-                raise CheckpointError(
-                    f"vision_config.hidden_act is {vision['hidden_act']!r}; only 'gelu' is known here"
-                )
-            writer.add_vision_use_gelu(True)
-            writer.add_vision_projector_scale_factor(round(1 / float(config["downsample_ratio"])))
-            if preprocessor.get("crop_to_patches"):
-                writer.add_vision_preproc_min_tiles(int(preprocessor.get("min_patches", 1)))
-                writer.add_vision_preproc_max_tiles(int(preprocessor.get("max_patches", 12)))
-
-        return Plan("clip", "vision", vision_pieces(INTERNVL, names, special), values, has_tokenizer=False)
-
-
 class QwenVlGguf:
     """Qwen2.5-VL and Qwen3-VL (with deepstack); their 3-D patch convolution becomes two 2-D ones."""
 
@@ -149,6 +102,7 @@ class QwenVlGguf:
 
     def vision(self, config: Config, preprocessor: Config, names: Sequence[str]) -> Plan:
         vision, newer = config["vision_config"], config["model_type"] == "qwen3_vl"
+        check_act(config, "vision_config", "hidden_act", GELUS if newer else ("silu", "swish"))
         indexes = vision.get("deepstack_visual_indexes", [])
         if len(indexes) >= int(config["text_config"]["num_hidden_layers"]):
             raise CheckpointError(
@@ -205,7 +159,8 @@ class QwenVlGguf:
         vision_values(writer, config, preprocessor, image=image, heads="num_heads", layers="depth")
         writer.add_clip_projector_type(gguf.VisionProjectorType.QWEN25VL)
         writer.add_vision_use_silu(True)
-        writer.add_vision_n_wa_pattern(pattern)
+        # 1 would be windows in no layer, which llama.cpp stops at; 0 it takes for a model without any
+        writer.add_vision_n_wa_pattern(pattern if pattern > 1 else 0)
         writer.add_vision_attention_layernorm_eps(float(config.get("rms_norm_eps", 1e-6)))
 
 
@@ -240,8 +195,12 @@ class Lfm2VlGguf:
         patch = int(config["vision_config"]["patch_size"])
         if int(config.get("vision_feature_layer", -1)) != -1:
             raise CheckpointError("vision_feature_layer: only -1, the last layer, has a GGUF export here")
+        check_act(config, "vision_config", "hidden_act", GELUS)
+        check_act(config, "", "projector_hidden_act", GELUS)
 
         def special(rest: str, source: str) -> list[Piece] | None:
+            if rest.startswith("head."):
+                return []  # SigLIP's own, for one vector of a whole picture
             if rest == "embeddings.patch_embedding.weight":  # (hidden, patch * patch * 3) -> a convolution
                 change = lambda t: t.view(t.shape[0], patch, patch, 3).permute(0, 3, 1, 2)  # noqa: E731
                 return [Piece("v.patch_embd.weight", source, change, "f16")]

@@ -51,7 +51,7 @@ class Gemma3Gguf:
         query = math.sqrt(_squared_scale(text) / float(text["query_pre_attn_scalar"]))
 
         def values(writer: Any) -> None:
-            text_values(writer, config, rope=full or window)
+            text_values(writer, config, rope_base=float((full or window)["rope_theta"]))
             if full.get("rope_type", "default") == "linear":
                 writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
                 writer.add_rope_scaling_factor(float(full["factor"]))
@@ -103,7 +103,7 @@ def _check(config: Config) -> None:
     kinds, ropes = set(text["layer_types"]), text["rope_parameters"]
     if unknown := sorted(kinds - {_FULL, _WINDOW}):
         raise CheckpointError(f"text_config.layer_types: {unknown[0]!r} has no GGUF export here")
-    known = {_FULL: ("default", "linear"), _WINDOW: ("default",)}
+    known = {_FULL: ("default", "dynamic", "linear"), _WINDOW: ("default", "dynamic")}
     for kind in sorted(kinds):
         if (rope := (ropes.get(kind) or {}).get("rope_type", "default")) not in known[kind]:
             raise CheckpointError(

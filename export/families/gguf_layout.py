@@ -16,6 +16,7 @@ from typing import Any
 
 import gguf
 
+from export.families import gguf_rope
 from export.gguf_plan import Change, Keep, Piece
 from runtime.errors import CheckpointError
 
@@ -94,6 +95,7 @@ INTERNVL = Vision(
     },
     {
         "embeddings.patch_embeddings.projection": "v.patch_embd",
+        "layernorm": "v.post_ln",
         "layer_norm": "mm.model.mlp.0",
         "linear_1": "mm.model.mlp.1",
         "linear_2": "mm.model.mlp.3",
@@ -136,8 +138,11 @@ QWEN = Vision(
 
 
 def _text_names(names: Sequence[str]) -> dict[str, str]:
-    """Checkpoint name by its name in the text model alone."""
-    return {short: name for name in names if (short := text_name(name))}
+    """Checkpoint name by its name in the text model alone; a head that stands for both is the embedding."""
+    found = {short: name for name in names if (short := text_name(name))}
+    if "lm_head.weight" in found and "embed_tokens.weight" not in found:
+        found["embed_tokens.weight"] = found.pop("lm_head.weight")
+    return found
 
 
 def text_name(name: str) -> str:
@@ -148,11 +153,13 @@ def text_name(name: str) -> str:
 def text_pieces(
     arch: Any, config: Config, names: Sequence[str], change: Callable[[str], Change | None]
 ) -> tuple[Piece, ...]:
+    """Every tensor of the text model under its name in GGUF; an output matrix only where it is not tied."""
     text = config["text_config"]
+    _check_text(arch, text)
     table = gguf.get_tensor_name_map(arch, int(text["num_hidden_layers"]))
     pieces = []
     for name, source in _text_names(names).items():
-        if name == "lm_head.weight" and _tied(config):
+        if _COMPUTED.search(name):
             continue
         full = name if name.startswith("lm_head") else f"model.{name}"
         target = table.get_name(full, try_suffixes=(".weight", ".bias"))
@@ -160,24 +167,50 @@ def text_pieces(
             raise CheckpointError(
                 f"{source}: no name for it in GGUF's {KEYS[arch]}; this model has a part not known here"
             )
+        if target.endswith("attn_output.bias") and arch != ARCH.LLAMA:
+            raise CheckpointError(
+                f"{source}: llama.cpp's {KEYS[arch]} has no bias there; text_config.attention_bias cannot be "
+                "exported to GGUF"
+            )
         keep: Keep = "f32" if target.endswith("shortconv.conv.weight") else None
         pieces.append(Piece(target, source, change(target), keep))
-    return tuple(pieces)
+    return (*pieces, *_scaling(arch, text, pieces))
 
 
-def _tied(config: Config) -> bool:
-    return bool(config.get("tie_word_embeddings", config["text_config"].get("tie_word_embeddings", False)))
+def _check_text(arch: Any, text: Config) -> None:
+    """Refuse, naming the setting, what llama.cpp's graph of this architecture does in its own way."""
+    act = str(text.get("hidden_act", "silu"))
+    if arch in _SILU and act not in ("silu", "swish"):
+        raise CheckpointError(
+            f"text_config.hidden_act is {act!r}; llama.cpp's {KEYS[arch]} knows 'silu' alone"
+        )
+    width = head_dim(text) * int(text["num_attention_heads"])
+    if arch in _SQUARE and width != int(text["hidden_size"]):
+        raise CheckpointError(
+            f"text_config: heads are {width} wide together (head_dim {head_dim(text)}), hidden_size is "
+            f"{text['hidden_size']}; llama.cpp's {KEYS[arch]} needs both equal"
+        )
+    if arch == ARCH.QWEN2VL and float(text["rms_norm_eps"]) > _UNREAD_EPSILON:
+        raise CheckpointError(
+            f"text_config.rms_norm_eps is {text['rms_norm_eps']}; llama.cpp takes 0 for {KEYS[arch]}, which "
+            f"is near enough to {_UNREAD_EPSILON} at most"
+        )
 
 
-def _rope(text: Config) -> Config:
-    """Rotary parameters, wherever this version of transformers wrote them."""
-    found = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    kind = str(found.get("rope_type", found.get("type", "default")))
-    if kind not in ("default", "mrope"):
-        raise CheckpointError(f"text_config: rope_type {kind!r} has no GGUF export here; known: default")
-    if "rope_theta" not in found:
-        found["rope_theta"] = text.get("rope_theta", 10000.0)
-    return found
+_SILU = (ARCH.LLAMA, ARCH.QWEN2, ARCH.QWEN3, ARCH.QWEN2VL, ARCH.QWEN3VL)
+_SQUARE = (ARCH.QWEN2, ARCH.QWEN2VL, ARCH.LFM2)
+_UNREAD_EPSILON = 1e-5
+_COMPUTED = re.compile(r"(?:rotary_emb\.inv_freq|position_ids)$")
+"""Buffers that older versions of transformers saved with the weights; no model reads them again."""
+
+
+def _scaling(arch: Any, text: Config, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """What divides the frequencies, where a kind of rotary scaling needs a tensor for it."""
+    if arch == ARCH.GEMMA3 or (found := gguf_rope.divisors(text, head_dim(text))) is None:
+        return ()
+    if arch != ARCH.LLAMA:
+        raise CheckpointError(f"text_config: rope_type 'llama3'; llama.cpp's {KEYS[arch]} does not know it")
+    return (Piece("rope_freqs.weight", pieces[0].source, lambda tensor: tensor.new_tensor(found), "f32"),)
 
 
 def text_values(
@@ -186,11 +219,10 @@ def text_values(
     *,
     kv_heads: Any = None,
     feed_forward: int | None = None,
-    rope: Config | None = None,
+    rope_base: float | None = None,
 ) -> None:
     """Dimensions of a text model; what differs from its configuration may be given."""
     text = config["text_config"]
-    rope = rope or _rope(text)
     writer.add_block_count(text["num_hidden_layers"])
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
@@ -198,9 +230,10 @@ def text_values(
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(kv_heads or text["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(text.get("rms_norm_eps", text.get("norm_eps", 1e-6)))
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if "mrope_section" in rope:
-        writer.add_rope_dimension_sections([*rope["mrope_section"], 0, 0, 0, 0][:4])
+    if rope_base is None:
+        gguf_rope.write_values(writer, text)
+    else:
+        writer.add_rope_freq_base(rope_base)
     if text.get("head_dim"):
         writer.add_key_length(text["head_dim"])
         writer.add_value_length(text["head_dim"])
@@ -231,7 +264,7 @@ def vision_pieces(
     pieces: list[Piece] = []
     for source in names:
         match = _VISION.match(source)
-        if match is None:
+        if match is None or _COMPUTED.search(source):
             continue
         rest = match["rest"]
         if (found := special(rest, source)) is not None:
@@ -239,7 +272,10 @@ def vision_pieces(
         else:
             pieces.append(_renamed(shape, rest, source))
     if not pieces:
-        raise CheckpointError("no vision tensors under a known name; an empty mmproj would say nothing of it")
+        raise CheckpointError(
+            "no vision tensors under a known name; an empty mmproj would say nothing of it"
+            + (f" (tensors are called as {names[0]})" if names else "")
+        )
     return tuple(pieces)
 
 
@@ -258,10 +294,25 @@ def _renamed(shape: Vision, rest: str, source: str) -> Piece:
     return Piece(name, source, keep=shape.keep.get(name))
 
 
+def check_act(config: Config, section: str, setting: str, known: Sequence[str]) -> None:
+    """Raises CheckpointError naming an activation that llama.cpp's graph does not compute."""
+    got = (config[section] if section else config).get(setting, known[0])
+    if got not in known:
+        place = f"{section}.{setting}" if section else setting
+        raise CheckpointError(f"{place} is {got!r}; known with GGUF: {', '.join(known)}")
+
+
+GELUS = ("gelu_pytorch_tanh", "gelu", "gelu_new")
+"""ggml has one table for them, of float16 numbers."""
+
+
 def vision_values(
     writer: Any, config: Config, preprocessor: Config, *, image: int, heads: str, layers: str
 ) -> None:
     vision = config["vision_config"]
+    # llama.cpp divides bytes by 255; another factor of the processor goes into what is subtracted and divided
+    scale = float(preprocessor.get("rescale_factor", 1 / 255)) * 255
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
     writer.add_clip_has_vision_encoder(True)
     writer.add_vision_projection_dim(config["text_config"]["hidden_size"])
     writer.add_vision_image_size(image)
@@ -270,8 +321,8 @@ def vision_values(
     writer.add_vision_feed_forward_length(vision["intermediate_size"])
     writer.add_vision_block_count(vision[layers])
     writer.add_vision_head_count(vision[heads])
-    writer.add_vision_image_mean([float(x) for x in preprocessor["image_mean"]])
-    writer.add_vision_image_std([float(x) for x in preprocessor["image_std"]])
+    writer.add_vision_image_mean([float(x) / scale for x in preprocessor["image_mean"]])
+    writer.add_vision_image_std([float(x) / scale for x in preprocessor["image_std"]])
 
 
 def first(value: Any) -> int:

@@ -20,8 +20,9 @@ from runtime.image_spec import Normalise
 FILTERS: dict[int, Filter] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """By Pillow's resampling numbers; the filters that the runtime reproduces to the byte."""
 
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotary types whose tables do not depend on the length of the sequence."""
+STATIC_ROPE = ("default", "linear", "llama3", "yarn", "dynamic")
+"""Rotary types whose tables do not depend on the length of the sequence. `dynamic` changes nothing up to
+max_position_embeddings, and no bundle takes more tokens (`export/limits.py`)."""
 
 PIXELS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
 """Settings of an image processor that the operations of a bundle take for granted."""
