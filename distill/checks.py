@@ -96,13 +96,16 @@ def _raw_config(name: str, revision: str | None) -> Mapping[str, Any]:
     path = Path(name)
     local = path.is_absolute() or path.exists() or name.startswith(".") or name.count("/") > 1
     if local and not (path / "config.json").is_file():
-        raise CheckpointError(f"{name}: is no Hugging Face checkpoint directory (no config.json)")
+        how = "" if path.exists() else f"; there is no such directory here ({Path.cwd()})"
+        demo = "; `pocketvlm demo` makes it" if name.startswith("demo-out/") else ""
+        raise CheckpointError(f"{name}: is no Hugging Face checkpoint directory (no config.json){how}{demo}")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name}: neither a local directory nor a repository that can be read "
-            f"({' '.join(str(error).split())[:160]})"
+            f"({' '.join(str(error).split()).partition('. ')[0][:200]}); give the path of a checkpoint "
+            "that is here, or an account and a network that reach the hub"
         ) from error
     if not raw:
         raise CheckpointError(f"{name}: its config.json is empty or absent")

@@ -114,7 +114,7 @@ def auto_quantize(
     say("reading the checkpoint")
     opened = load(Path(checkpoint))
     work = out.with_name(f"{out.name}.auto")
-    work.mkdir(parents=True, exist_ok=True)
+    files.make_directory(work)
     with files.lock(work):
         _claim(work, {"checkpoint": opened.sha256, "questions": split.sha256})
         examples = auto_data.examples(split.validation, CALIBRATION_EXAMPLES)

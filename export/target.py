@@ -24,10 +24,11 @@ def check(path: Path) -> None:
     """Raises StateError unless `path` is free, an empty directory, or a bundle that may be replaced."""
     if path.is_symlink():
         raise StateError(f"{path}: is a symbolic link; give the directory itself as the output")
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise StateError(f"{place}: is a file; choose another output directory")
     if not path.exists():
         return
-    if not path.is_dir():
-        raise StateError(f"{path}: is a file; choose another output directory")
     if any(path.iterdir()) and not _is_bundle(path):
         raise StateError(
             f"{path}: exists and is no bundle of ours; choose another output directory or empty it"

@@ -122,5 +122,6 @@ def test_a_language_model_is_no_teacher(student: Path, teacher: Path) -> None:
 def test_no_checkpoint_at_all(student: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(recipe(student, tmp_path / "empty"))
-    assert "no config.json" in refused(recipe(student, tmp_path / "absent"))
+    assert "no config.json); there is no such directory here" in refused(recipe(student, tmp_path / "absent"))
+    assert "`pocketvlm demo` makes it" in refused(recipe(student, "demo-out/work/none"))
     assert "neither a local directory nor a repository" in refused(recipe(student, "nobody/nothing"))

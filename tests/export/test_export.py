@@ -109,6 +109,8 @@ def test_a_foreign_directory_is_refused_before_any_work(tiny_checkpoint: Path, t
         export.export_checkpoint(tiny_checkpoint, tmp_path)
     with pytest.raises(StateError, match="is a file"):
         export.export_checkpoint(tiny_checkpoint, tmp_path / "notes.txt")
+    with pytest.raises(StateError, match=r"notes\.txt: is a file"):
+        export.export_checkpoint(tiny_checkpoint, tmp_path / "notes.txt" / "student")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
