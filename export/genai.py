@@ -115,9 +115,9 @@ def _token_ids(draft: Manifest, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _numbers(value: Any) -> set[int]:
-    """All integers in JSON-like data."""
+    """All integers in JSON-like data; true and false are none."""
     if isinstance(value, int):
-        return {int(value)}
+        return set() if isinstance(value, bool) else {value}
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return {number for each in inner for number in _numbers(each)}
 
