@@ -16,7 +16,7 @@ from rich.table import Table
 from distill.answers.responses import Pool, Response
 from runtime import files
 
-PHASE_WIDTH = 14
+PHASE_WIDTH = 12
 """Columns for a phase's name in the table."""
 
 
@@ -120,8 +120,8 @@ def write(path: Path, lines: Sequence[Line]) -> None:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """The lines for people, at most 100 columns wide. Accuracy against votes stands in brackets."""
-    out = Table(title="Response pool", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    """The lines for people, 80 columns wide but for large numbers. Accuracy against votes stands in brackets."""
+    out = Table(title="Response pool", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     again = any(line.retokenised_share for line in lines)
     heads = ["phase", "mask", "by", "asked", "drawn", "distinct", "tokens", "p95", "ended", "right"]
     for head in [*heads[:9], "re-tok.", *heads[9:]] if again else heads:
