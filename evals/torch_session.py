@@ -161,11 +161,11 @@ class TorchSession(Answering):
     def greedy(
         self, source: Sources, question: str, max_new_tokens: int, *, history: History = ()
     ) -> tuple[list[int], list[float]]:
-        """As `generate`, and for each id how far the two largest logits were apart."""
+        """As `generate`, and for each id how far the two largest logits were apart; no penalties or beams."""
         import torch
 
         ids, inputs = self._inputs(source, question, history)
-        with torch.no_grad():
+        with torch.no_grad(), _plainly(self.model):
             found = self.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -244,6 +244,25 @@ class TorchSession(Answering):
         return out.logits[0, -1].float().numpy()
 
 
+@contextlib.contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """`generate` chooses by the logits alone in this block.
+
+    generation_config.json often asks for more (a repetition penalty, beams), and `do_sample=False` ends only
+    some of it. What ends an answer stays.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _message(question: str, images: Sequence[Any]) -> dict[str, Any]:
     """A user's turn as the chat template takes it, pictures first."""
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
@@ -300,10 +319,22 @@ def _load(path: Path) -> tuple[Any, Any]:
                 path, dtype=torch.float32, use_safetensors=True, local_files_only=True
             )
             processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+            take_template(processor)
     except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise CheckpointError(f"{path}: transformers cannot load it: {first}") from error
     return model.eval().requires_grad_(False), processor
+
+
+def take_template(processor: Any) -> bool:
+    """Whether the processor has a chat template; one that only its tokenizer was saved with becomes its own.
+
+    transformers reads tokenizer_config.json's, where older versions wrote it, for the tokenizer alone.
+    """
+    if not getattr(processor, "chat_template", None):
+        found = getattr(processor.tokenizer, "chat_template", None)
+        processor.chat_template = found.get("default") if isinstance(found, dict) else found
+    return bool(processor.chat_template)
 
 
 @contextlib.contextmanager

@@ -14,21 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from evals.asking.subjects import checkpoint_sha256
-from evals.torch_session import quiet_transformers
+from evals.torch_session import quiet_transformers, take_template
+from export import weights
 from runtime.errors import CheckpointError, MissingExtra
 
 TASK = "image-text-to-text"
 _OLDER_TASK = "image-to-text"  # what optimum calls some of them; their loader is the same
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint. `model` is a PreTrainedModel in eval mode, `processor` what AutoProcessor gave."""
+    """A loaded checkpoint. `model` is a PreTrainedModel in eval mode, `processor` what AutoProcessor gave.
+
+    `notes`: what of the directory is not in it, for the manifest.
+    """
 
     path: Path
     model: Any
     processor: Any
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -75,9 +81,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no config.json; expected a Hugging Face checkpoint directory"
-        ) from None
+        raise CheckpointError(f"{path}: no config.json; {_instead(path)}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config_path}: cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -88,7 +92,43 @@ def read_config(path: Path) -> dict[str, Any]:
             f"the same model for transformers itself, often published as {path.resolve().name}-hf or -HF"
         )
     _check_weights(path)
+    _check_beside(path)
     return config
+
+
+def _instead(path: Path) -> str:
+    """What to do about a directory without a configuration."""
+    if (path / _ADAPTER).is_file():
+        return f"it is an adapter of {_base_of(path)}; {weights.MERGE}"
+    steps = [each for each in path.glob("checkpoint-*") if (each / "config.json").is_file()]
+    numbers = [(int(number), each) for each in steps if (number := each.name.rpartition("-")[2]).isdigit()]
+    if numbers:
+        return (
+            f"it has {len(numbers)} checkpoints of a training in it; take one, {max(numbers)[1]} is the last"
+        )
+    return "expected a Hugging Face checkpoint directory"
+
+
+def _base_of(path: Path) -> str:
+    try:
+        return str(json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another model"
+
+
+def _check_beside(path: Path) -> None:
+    """Refuse files beside the weights that transformers would heed or pass over without a word."""
+    if (path / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path}: a whole model and {_ADAPTER}, which transformers would put on top of it; if it is "
+            f"merged already, move the adapter's files away; if not, {weights.MERGE}"
+        )
+    generation = path / "generation_config.json"
+    try:
+        if generation.is_file() and not isinstance(json.loads(generation.read_text(encoding="utf-8")), dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{generation}: cannot be read as JSON ({error}); copy it again") from error
 
 
 def _check_weights(path: Path) -> None:
@@ -105,6 +145,8 @@ def _check_weights(path: Path) -> None:
         return
     if (path / "model.safetensors").is_file():
         return
+    if (path / _ADAPTER).is_file():
+        raise CheckpointError(f"{path}: no model.safetensors; {_instead(path)}")
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -131,18 +173,40 @@ def load(path: Path) -> Checkpoint:
             )
             processor = AutoProcessor.from_pretrained(path, **common)
     except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
+        next_step = "copy it again, or save it again with save_pretrained"
+        if not (path / "tokenizer.json").is_file():
+            next_step = "it has no tokenizer.json; copy that of the model it was trained from"
         raise CheckpointError(
-            f"{path}: transformers cannot load it: {_first_line(error)}; copy it again, or save it again "
-            "with save_pretrained"
+            f"{path}: transformers cannot load it: {_first_line(error)}; {next_step}"
         ) from error
     model, info = loaded
-    if absent := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
-        raise CheckpointError(
-            f"{path}: {len(absent)} weights missing or of another shape (first: {absent[0]}); "
-            "they would be random; save the model again"
-        )
     _check_task(path, model)
-    return Checkpoint(path, model.eval().requires_grad_(False), processor)
+    notes = weights.check(path, model, info)
+    if not take_template(processor):
+        raise CheckpointError(
+            f"{path}: no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; "
+            "copy that of the model it was trained from"
+        )
+    _fix_rope(model)
+    return Checkpoint(path, model.eval().requires_grad_(False), processor, notes)
+
+
+def _fix_rope(model: Any) -> None:
+    """Rotary modules of type `dynamic` become default ones.
+
+    Up to max_position_embeddings, beyond which no bundle goes, both give the same; but the first looks at the
+    positions each time, which cannot be traced.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):  # by kind of layer
+            module.rope_type = {layer: _static(each) for layer, each in kind.items()}
+        elif kind is not None:
+            module.rope_type = _static(kind)
+
+
+def _static(kind: str) -> str:
+    return "default" if kind == "dynamic" else kind
 
 
 def _check_task(path: Path, model: Any) -> None:

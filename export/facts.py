@@ -6,14 +6,15 @@ In: a checkpoint, pictures, a plan. Out: `Facts`. Not here: writing any format (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from evals.parity.parity import ParityCase
 from evals.torch_session import TorchSession
-from export import calibrate, gate, gate_expected, limits, proof, static
+from export import calibrate, gate, gate_expected, limits, prompts, proof, static
 from export.checkpoint import Checkpoint
 from export.families import Family, family_of, without_tiles
 from export.gate_cases import GateReference
@@ -21,7 +22,7 @@ from export.gate_expected import Expected
 from export.graphs import trace_all
 from export.static_decoder import StaticSizes
 from export.targets import Plan
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, PocketError
 from runtime.image import ImageInput
 from runtime.image_spec import ImageSpec
 from runtime.prompt_spec import PromptSpec
@@ -91,7 +92,8 @@ def prepare(
     # before the costly steps; the gate repeats it on the written tokenizer
     claims = proof.settle(checkpoint, prompt, geometry, max(1, min(plan.max_images, room)))
     prompt = claims.prompt
-    for note in claims.notes:
+    notes = (*checkpoint.notes, *claims.notes, *prompts.day_note(checkpoint), *_generation_note(checkpoint))
+    for note in notes:
         say(f"note: {note}")
     kind = GateReference if image == geometry else limits.presized(image)
     reference = kind(checkpoint.path, model=checkpoint.model, processor=checkpoint.processor)
@@ -100,12 +102,13 @@ def prepare(
             f"{checkpoint.path}: generation_config.json has no eos_token_id: an answer would not end; add it"
         )
     say("reference answers")
-    cases = gate.make_cases(
-        reference,
-        samples,
-        text_only=prompt.user_without_image is not None,
-        images=claims.images,
-    )
+    with _running(checkpoint):
+        cases = gate.make_cases(
+            reference,
+            samples,
+            text_only=prompt.user_without_image is not None,
+            images=claims.images,
+        )
     expected = None
     if expect:
         room = usual_context(context, image.max_tokens)
@@ -128,13 +131,52 @@ def prepare(
         cases,
         say,
         images=claims.images,
-        notes=claims.notes,
+        notes=notes,
         changed=changed,
         plan=plan,
         context=context,
         geometry=geometry,
         examples=calibrate.answered(reference, examples),
         expected=expected,
+    )
+
+
+@contextlib.contextmanager
+def _running(checkpoint: Checkpoint) -> Iterator[None]:
+    """What transformers raises in this block is the checkpoint's fault, told in one line."""
+    try:
+        yield
+    except PocketError:
+        raise
+    except Exception as error:  # of any class: a shape, a type, an index
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot answer with it: {first}; correct config.json"
+        ) from error
+
+
+_CHOICES = {
+    **dict.fromkeys(("repetition_penalty", "num_beams", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_new_tokens", "min_length", "stop_strings"), None),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), None),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), None),
+}
+"""Settings of generation_config.json that change which token is taken, with what they are otherwise."""
+_SAMPLING = {"temperature": 1, "top_k": None, "top_p": 1, "min_p": None, "typical_p": 1}
+"""Those that do when `do_sample` is on."""
+
+
+def _generation_note(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What generation_config.json asks for beyond the best token, which a session must be told."""
+    own = checkpoint.model.generation_config
+    known = {"do_sample": False, **_CHOICES, **_SAMPLING} if own.do_sample else _CHOICES
+    found = {name: getattr(own, name, None) for name in known}
+    asked = [f"{name} {value}" for name, value in found.items() if value and value != known[name]]
+    if not asked:
+        return ()
+    listed = ", ".join(asked)
+    return (
+        f"generation_config.json asks for {listed}; a session takes the best token unless asked for more",
     )
 
 

@@ -28,6 +28,7 @@ from runtime.prompt_spec import (
 
 _MARK = "\ue000Q\ue001"  # private-use characters: no template and no tokenizer gives them a meaning
 _ANSWER = "\ue000A\ue001"
+_CLOCK = "strftime_now("
 _SEVERAL = 2  # pictures in the turn that shows what stands between two
 
 
@@ -73,10 +74,36 @@ def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def render(checkpoint: Checkpoint, messages: Sequence[Message], *, generate: bool) -> str:
     """The chat template's text; with `generate` the opening of an answer follows."""
-    text = checkpoint.processor.apply_chat_template(
-        conversation(messages), add_generation_prompt=generate, tokenize=False
-    )
+    return _rendered(checkpoint, messages, generate=generate)
+
+
+def _rendered(checkpoint: Checkpoint, messages: Sequence[Message], **options: Any) -> str:
+    """Raises CheckpointError with what the template raised."""
+    options["add_generation_prompt"] = options.pop("generate")
+    try:
+        text = checkpoint.processor.apply_chat_template(conversation(messages), tokenize=False, **options)
+    except Exception as error:  # jinja2's, those that a template raises, Python's from inside of it
+        raise CheckpointError(
+            f"{checkpoint.path}: the chat template cannot be rendered: {error}; it must take a message's "
+            "content as a list of parts, pictures and text"
+        ) from error
+    if "'type': 'text'" in text:
+        raise CheckpointError(
+            f"{checkpoint.path}: the chat template writes the parts of a message as a Python list: it is one "
+            "for text alone; copy that of the model it was trained from"
+        )
     return str(text)
+
+
+def day_note(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """That the chat template writes the day, if it does: segments keep that of the export."""
+    template = checkpoint.processor.chat_template
+    if not isinstance(template, str) or _CLOCK not in template:
+        return ()
+    marked = template.replace(_CLOCK, f"('{_MARK}' ~ ")
+    if _MARK not in _rendered(checkpoint, [Message("?", (None,))], generate=True, chat_template=marked):
+        return ()
+    return ("the chat template writes the day (strftime_now); this bundle's prompts keep that of the export",)
 
 
 def segments(

@@ -341,8 +341,17 @@ def test_no_directory_gives_one_clear_line(tmp_path: Path) -> None:
         ),
         (
             "config.json",
-            {"text_config": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
-            "rope_type 'dynamic'",
+            {
+                "text_config": {
+                    "rope_parameters": {
+                        "rope_type": "longrope",
+                        "rope_theta": 1e4,
+                        "short_factor": [1.0] * 8,
+                        "long_factor": [2.0] * 8,
+                    }
+                }
+            },
+            "rope_type 'longrope'",
         ),
     ],
 )

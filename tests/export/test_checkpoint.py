@@ -1,0 +1,251 @@
+"""Checkpoint directories as trainings leave them: other names, adapters, templates, settings, damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export
+from evals.torch_session import TorchSession
+from export import prompts
+from export.checkpoint import load, read_config
+from export.facts import prepare
+from export.gate_cases import drawn
+from runtime.errors import CheckpointError
+from runtime.generation import GenerationOptions
+from runtime.session import open_bundle
+from tests.checkpoints import FAMILIES, VARIANTS
+
+QUERY = "model.text_model.layers.0.self_attn.q_proj"
+QUESTION = "what color is the shape?"
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def rewrite(copy: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the weights of the one file, in place or by returning others."""
+    tensors = load_file(copy / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(
+        {name: each.clone() for name, each in tensors.items()}, copy / "model.safetensors", {"format": "pt"}
+    )
+
+
+def named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": each for name, each in tensors.items()}
+
+
+# --- weights ----------------------------------------------------------
+
+
+def test_an_adapter_that_was_not_merged_is_refused(copy: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{QUERY}.lora_A.default.weight"] = torch.randn(4, 64)
+        tensors[f"{QUERY}.lora_B.default.weight"] = torch.randn(64, 4)
+
+    rewrite(copy, add)
+    with pytest.raises(CheckpointError, match=r"2 weights of an adapter.*lora_A.*merge it first"):
+        load(copy)
+
+
+def test_a_bias_that_the_configuration_denies_is_refused(copy: Path) -> None:
+    rewrite(copy, lambda tensors: tensors.update({f"{QUERY}.bias": torch.ones(64)}))
+    with pytest.raises(CheckpointError, match=rf"{QUERY}\.bias is in the files.*correct config\.json"):
+        load(copy)
+
+
+def test_weights_of_no_layer_are_left_out_and_noted(copy: Path) -> None:
+    rewrite(copy, lambda tensors: tensors.update({"reward_head.weight": torch.ones(1, 64)}))
+    facts = prepare(load(copy), (), lambda _: None, trace=False, expect=False)
+    assert any(
+        "1 weights in the files have no place" in note and "reward_head" in note for note in facts.notes
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_names_with_a_wrapper_are_told(copy: Path, prefix: str) -> None:
+    rewrite(copy, lambda tensors: named(tensors, prefix))
+    with pytest.raises(CheckpointError, match=rf"weights missing.*names in the files have '{prefix}'"):
+        load(copy)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "embed_tokens", "patch_embedding"])
+def test_a_weight_that_is_no_number_is_named(copy: Path, name: str, number: float) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        next(each for key, each in tensors.items() if name in key).view(-1)[-1] = number
+
+    rewrite(copy, spoil)
+    with pytest.raises(CheckpointError, match=rf"{name}\S* has 1 of \d+ numbers that are NaN or infinite"):
+        load(copy)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "internvl", "gemma3"])
+def test_both_layouts_of_names_load_to_the_same(tmp_path: Path, family: str) -> None:
+    """transformers saves these under their old names; trainings that save a state dict write the new ones."""
+    path = {**FAMILIES, **VARIANTS}[family](tmp_path / "tiny")
+    wanted = load(path).model.state_dict()
+    assert not {"model.language_model.norm.weight"} & set(load_file(path / "model.safetensors"))
+    own = {name: each for name, each in wanted.items() if name != "lm_head.weight" or family == "qwen2_5_vl"}
+    save_file(
+        {name: each.clone() for name, each in own.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    found = load(path).model.state_dict()
+    assert all(torch.equal(found[name], each) for name, each in wanted.items())
+
+
+# --- directories ------------------------------------------------------
+
+
+def test_an_adapter_directory_says_what_to_merge(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    with pytest.raises(CheckpointError, match=r"on top of it; if it is merged already, move"):
+        read_config(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors; it is an adapter of some/base; merge"):
+        read_config(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json; it is an adapter of some/base; merge"):
+        read_config(copy)
+
+
+def test_a_directory_of_checkpoints_says_which_is_the_last(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for step in ("500", "1500", "best"):
+        shutil.copytree(tiny_checkpoint, tmp_path / f"checkpoint-{step}")
+    with pytest.raises(
+        CheckpointError, match=r"no config\.json; it has 2 checkpoints .*checkpoint-1500 is the last"
+    ):
+        read_config(tmp_path)
+
+
+def test_a_trainers_files_beside_the_model_do_not_matter(copy: Path) -> None:
+    torch.save({}, copy / "optimizer.pt")
+    torch.save({}, copy / "training_args.bin")
+    shutil.copytree(copy, copy / "checkpoint-500")
+    assert load(copy).notes == ()
+
+
+def test_no_tokenizer_is_told(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"it has no tokenizer\.json; copy that of the model"):
+        load(copy)
+
+
+# --- chat templates ---------------------------------------------------
+
+
+@pytest.mark.parametrize("named_ones", [False, True])
+def test_a_template_in_the_tokenizers_configuration_is_taken(copy: Path, named_ones: bool) -> None:
+    """Where versions 4.43 and later wrote it for text models."""
+    text = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").unlink()
+    value = (
+        [{"name": "default", "template": text}, {"name": "tool_use", "template": "x"}] if named_ones else text
+    )
+    edit(copy / "tokenizer_config.json", lambda found: found.update(chat_template=value))
+    assert load(copy).processor.chat_template == text
+    with TorchSession(copy) as session:  # evaluations open the checkpoint themselves
+        assert len(session.prompt_ids(QUESTION, [session.prepare(drawn(40, 30, 1))])) > 16
+
+
+def test_no_template_is_told(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match=r"no chat template in chat_template\.jinja"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ raise_exception('no pictures') }}", r"cannot be rendered: no pictures"),
+        ("{% if %}", r"cannot be rendered: Expected an expression"),
+        (
+            "{% for m in messages %}{{ 'U: ' + m['content'] }}{% endfor %}",
+            r"cannot be rendered: can only concat",
+        ),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", r"it is one for text alone"),
+    ],
+)
+def test_a_template_for_other_messages_is_told(copy: Path, template: str, told: str) -> None:
+    (copy / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=told):
+        prepare(load(copy), (), lambda _: None, trace=False, expect=False)
+
+
+@pytest.mark.parametrize(("line", "noted"), [("", 0), ("Today: {{ strftime_now('%d %b %Y') }}. ", 1)])
+def test_a_day_in_the_template_is_noted(copy: Path, line: str, noted: int) -> None:
+    path = copy / "chat_template.jinja"
+    unused = "{%- if false -%}{{ strftime_now('%Y') }}{%- endif -%}"
+    path.write_text(unused + line + path.read_text())
+    found = prompts.day_note(load(copy))
+    assert len(found) == noted and all("strftime_now" in note for note in found)
+
+
+# --- generation_config.json -------------------------------------------
+
+
+def ask_for(copy: Path, **settings: Any) -> None:
+    edit(copy / "generation_config.json", lambda found: found.update(settings))
+
+
+def test_a_checkpoint_with_penalties_is_exported_and_noted(copy: Path, tmp_path: Path) -> None:
+    """As published Qwen2.5-VL checkpoints have them: the gate compares what the logits say."""
+    ask_for(copy, do_sample=True, temperature=0.7, repetition_penalty=1.5)
+    bundle = export.export_checkpoint(copy, tmp_path / "out")
+    with TorchSession(copy) as reference, open_bundle(bundle, threads=1) as session:
+        wanted = reference.generate(drawn(64, 48, 1), QUESTION, 8)
+        answer = session.ask(drawn(64, 48, 1), QUESTION, GenerationOptions(max_new_tokens=8))
+        assert reference.model.generation_config.repetition_penalty == 1.5  # as it was
+    assert answer.token_ids == wanted
+    (note,) = [note for note in session.manifest.notes if "generation_config" in note]
+    assert "repetition_penalty 1.5" in note and "temperature 0.7" in note
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 2}, {"min_new_tokens": 4}, {"suppress_tokens": [1, 2]}, {"stop_strings": ["a"]}],
+)
+def test_settings_that_choose_tokens_are_noted_and_not_followed(copy: Path, settings: dict[str, Any]) -> None:
+    with TorchSession(copy) as session:
+        wanted = session.generate(drawn(64, 48, 1), QUESTION, 6)
+    ask_for(copy, **settings)
+    checkpoint = load(copy)
+    facts = prepare(checkpoint, (), lambda _: None, trace=False, expect=False)
+    assert sum(next(iter(settings)) in note for note in facts.notes) == 1
+    assert facts.reference.generate(drawn(64, 48, 1), QUESTION, 6) == wanted
+
+
+def test_settings_without_effect_are_not_noted(copy: Path) -> None:
+    ask_for(copy, temperature=0.3, top_k=5, max_length=20, use_cache=False, repetition_penalty=1.0)
+    facts = prepare(load(copy), (), lambda _: None, trace=False, expect=False)
+    assert not any("generation_config" in note for note in facts.notes)
+
+
+def test_a_broken_generation_config_is_told(copy: Path) -> None:
+    """transformers would go on without it, and without its stop tokens."""
+    (copy / "generation_config.json").write_text("{broken")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: cannot be read as JSON"):
+        load(copy)
+
+
+def test_a_model_that_transformers_cannot_run_is_told(tmp_path: Path) -> None:
+    path = FAMILIES["internvl"](tmp_path / "tiny")
+    edit(path / "config.json", lambda found: found.update(vision_feature_select_strategy="full"))
+    with pytest.raises(CheckpointError, match=r"transformers cannot answer with it: .*correct config\.json"):
+        prepare(load(path), (), lambda _: None, trace=False, expect=False)
