@@ -7,6 +7,7 @@ Not here: running a part (`runtime/onnx_session.py`).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,14 @@ class PartOpener:
         """An InferenceSession of a part whose inputs and outputs are those of the manifest."""
         path, where = bundle.locate(directory, part.path), f"{directory.name}/{part.path}"
         session, wanted = None, list(self._wanted)
+        needed = part.onnx.min_onnxruntime if part.onnx else None
+        old = needed is not None and release(self.ort.__version__) < release(needed)
         while session is None:
+            if old and not wanted:  # what the CPU needs; some open and fail at the first step
+                raise BundleError(
+                    f"{where}: wanted onnxruntime {needed} or newer, here is {self.ort.__version__}; "
+                    "update it, or take a bundle of another precision (docs/quantization.md)"
+                )
             try:
                 session = self.ort.InferenceSession(
                     str(path), self._options, providers=[*wanted, CPU], enable_fallback=0
@@ -137,6 +145,12 @@ class PartOpener:
 
     def _skip(self, name: str, role: str, reason: str) -> None:
         self._reasons.setdefault(name, []).append(f"{role}: {reason}")
+
+
+def release(version: str) -> tuple[int, int]:
+    """(1, 23) of `1.23.2`, `1.23`, `1.23.0+cu126`."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _absent(ort: Any, name: str) -> str:

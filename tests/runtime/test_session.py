@@ -232,6 +232,24 @@ def test_a_part_that_is_no_graph(bundle_copy: Path) -> None:
         open_bundle(bundle_copy, verify=False)
 
 
+@pytest.mark.parametrize(("here", "opens"), [("1.26.0", False), ("1.27.0+cu126", True), ("2.0", True)])
+def test_a_part_for_a_newer_onnxruntime(
+    session: Session, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, here: str, opens: bool
+) -> None:
+    """An int8 cache fails in the first step there, or with a word on a graph's inputs: neither says why."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "__version__", here)
+    parts = list(session.manifest.parts)
+    facts = parts[-1].onnx.model_copy(update={"min_onnxruntime": "1.27"})
+    parts[-1] = parts[-1].model_copy(update={"onnx": facts})
+    changed = session.manifest.model_copy(update={"parts": tuple(parts)})
+    if opens:
+        Session.from_manifest(tiny_bundle, changed).close()
+        return
+    with pytest.raises(BundleError, match=r"wanted onnxruntime 1\.27 or newer, here is 1\.26\.0; update it"):
+        Session.from_manifest(tiny_bundle, changed)
+
+
 def test_a_graph_that_is_not_the_manifests(session: Session, tiny_bundle: Path) -> None:
     parts = list(session.manifest.parts)
     inputs = tuple(spec.model_copy(update={"dtype": "float16"}) for spec in parts[0].inputs)
