@@ -165,6 +165,11 @@ def test_options_of_a_device_want_the_device(tiny_bundle: Path) -> None:
     assert "--on-dir: wanted --on, the device, too" in refusal("bench", tiny_bundle, "--on-dir", "x")
     line = refusal("bench", tiny_bundle, "--on-runner", "r", "--on-clean")
     assert "--on-runner, --on-clean: wanted --on" in line
+    there = ("bench", tiny_bundle, "--on", "adb://")
+    line = refusal(*there, "--on-clean", "--on-dir", "x", "--on-runner", "r")
+    assert "--on-dir, --on-clean: not for adb://; leave it out" in line
+    assert "--on-runner: not for ssh://a" in refusal(*there[:3], "ssh://a", "--on-runner", "r")
+    assert "--on-python: not for browser://" in refusal(*there[:3], "browser://", "--on-python", "p")
 
 
 def test_a_search_beside_a_bundle_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,8 @@ def measure(
     `context`: typer's, of the verb. `out`: where the results are written. Raises PocketError; InputError on
     an address of no such kind, or an option that a phone or a browser does not know.
     """
+    if unfit := _unfit(url, settings, runner):
+        raise InputError(f"{', '.join(unfit)}: not for {url}; leave it out")
     if out is not None:
         bench_results.check_place(out)
     if url.startswith("ssh:"):
@@ -108,6 +110,15 @@ def measure(
     if out is not None:
         bench_results.write(found, out)
     return found
+
+
+def _unfit(url: str, settings: Settings, runner: Path | None) -> list[str]:
+    """Options of another kind of device, which would have no effect."""
+    found = [] if runner is None or url.startswith("adb:") else ["--on-runner"]
+    if url.startswith("ssh:"):
+        return found
+    given = {"dir": settings.folder != FOLDER, "python": settings.python, "wheels": settings.wheels}
+    return found + [f"--on-{name}" for name, value in (given | {"clean": settings.clean}).items() if value]
 
 
 def _without_ssh(

@@ -159,14 +159,16 @@ def measure(
         raise InputError(f"{', '.join(unknown)}: not for browser://; a page knows {', '.join(KNOWS)}")
     if len(bundles) != 1:
         raise InputError(f"--on browser://: wanted one bundle, got {len(bundles)}")
+    seconds = seconds_of(values["sustained"])
     asked = Asked(
         provider=values["providers"] or "auto",
         rounds=values["rounds"],
         warmup=values["warmup"],
         repeats=values["repeats"],
         tokens=values["tokens"],
-        seconds=seconds_of(values["sustained"]),
+        seconds=seconds,
         threads=values["threads"],
+        wait_s=Asked.wait_s + seconds,
     )
     found = bench(url, bundles[0], asked, tell)
     name = values["device_name"]

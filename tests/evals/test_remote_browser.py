@@ -231,7 +231,7 @@ def test_the_verb_hands_its_options_over(with_page: Path, monkeypatch: pytest.Mo
     ]
     result = CliRunner().invoke(pocketvlm.app, command)
     assert (result.exit_code, result.stderr) == (2, "pocketvlm: far enough\n")
-    wanted = Asked("wasm", rounds=2, warmup=0, repeats=2, tokens=5, seconds=120, threads=3)
+    wanted = Asked("wasm", rounds=2, warmup=0, repeats=2, tokens=5, seconds=120, threads=3, wait_s=3720)
     assert seen == [("browser://", with_page, wanted)]
     assert "seconds=120" in wanted.query() and "seconds=0.0" in wanted.query(1)
     result = CliRunner().invoke(pocketvlm.app, [*command[:4], "--images", "64"])
