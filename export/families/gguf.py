@@ -7,6 +7,7 @@ files (`gguf_write.py`), tokenizers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,6 @@ from export.families.gguf_layout import (
     Config,
     check_act,
     head_dim,
-    nothing_special,
     rotate_half_to_pairs,
     text_pieces,
     text_values,
@@ -59,10 +59,19 @@ class SmolVlmGguf:
 
     def vision(self, config: Config, preprocessor: Config, names: Sequence[str]) -> Plan:
         check_act(config, "vision_config", "hidden_act", GELUS)
+        vision, scale = config["vision_config"], int(config.get("scale_factor", 2))
+        _check_merge("scale_factor", scale)
+        # the processor may give other pictures than the size that the encoder was trained with
+        image = int((preprocessor.get("max_image_size") or {}).get("longest_edge", vision["image_size"]))
+        patch = int(vision["patch_size"])
+        rows = _positions(image // patch, int(vision["image_size"]) // patch)
+
+        def special(rest: str, source: str) -> list[Piece] | None:
+            if rest == "embeddings.position_embedding.weight" and rows is not None:
+                return [Piece("v.position_embd.weight", source, lambda table: table[rows], "f32")]
+            return None
 
         def values(writer: Any) -> None:
-            vision = config["vision_config"]
-            image = int(vision["image_size"])
             vision_values(
                 writer,
                 config,
@@ -73,15 +82,36 @@ class SmolVlmGguf:
             )
             writer.add_clip_projector_type(gguf.VisionProjectorType.IDEFICS3)
             writer.add_vision_attention_layernorm_eps(float(vision.get("layer_norm_eps", 1e-5)))
-            writer.add_vision_projector_scale_factor(int(config.get("scale_factor", 2)))
+            writer.add_vision_projector_scale_factor(scale)
             writer.add_vision_use_gelu(True)
             # llama.cpp cuts tiles out of this size; the encoder's own size means none
             whole = int((preprocessor.get("size") or {}).get("longest_edge", image))
             writer.add_vision_preproc_image_size(whole if preprocessor.get("do_image_splitting") else image)
 
         needed = ("\n\n", "<fake_token_around_image>", "<global-img>")
-        pieces = vision_pieces(SIGLIP, names, nothing_special)
+        pieces = vision_pieces(SIGLIP, names, special)
         return Plan("clip", "vision", pieces, values, has_tokenizer=False, tools_need=needed)
+
+
+def _check_merge(name: str, factor: int) -> None:
+    """llama.cpp's pixel shuffle stops the process at 1."""
+    if factor < _PAIR:
+        raise CheckpointError(f"{name} {factor}: llama.cpp knows {_PAIR} or more")
+
+
+def _positions(side: int, table: int) -> Any:
+    """Rows of a table of table x table positions for side x side patches; None where each has its own.
+
+    The model finds a patch's row by its share of the picture, in float32, as `SmolVLMVisionEmbeddings` does;
+    llama.cpp counts patches.
+    """
+    import torch
+
+    edges = torch.arange(1 / table, 1.0, 1 / table)
+    share = torch.clamp(torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side)), max=1.0 - 1e-6)
+    place = torch.bucketize(share, edges, right=True)
+    rows = (place[:, None] * table + place[None, :]).flatten()
+    return None if torch.equal(rows, torch.arange(table * table)) else rows
 
 
 class QwenVlGguf:
@@ -104,6 +134,16 @@ class QwenVlGguf:
         vision, newer = config["vision_config"], config["model_type"] == "qwen3_vl"
         check_act(config, "vision_config", "hidden_act", GELUS if newer else ("silu", "swish"))
         indexes = vision.get("deepstack_visual_indexes", [])
+        for name in ("spatial_merge_size", "temporal_patch_size"):
+            if int(vision[name]) != _PAIR:
+                raise CheckpointError(f"vision_config.{name} {vision[name]}: llama.cpp knows {_PAIR} alone")
+        if not newer:
+            _window_pattern(vision)
+        table = int(vision.get("num_position_embeddings", 0))
+        if math.isqrt(table) ** 2 != table:
+            raise CheckpointError(
+                f"vision_config.num_position_embeddings {table}: llama.cpp knows a square of them alone"
+            )
         if len(indexes) >= int(config["text_config"]["num_hidden_layers"]):
             raise CheckpointError(
                 f"{len(indexes)} deepstack layers: llama.cpp needs more text layers than that "
@@ -136,7 +176,7 @@ class QwenVlGguf:
     def _values(self, writer: Any, config: Config, preprocessor: Config) -> None:
         vision = config["vision_config"]
         if config["model_type"] == "qwen3_vl":
-            image = int(vision["num_position_embeddings"] ** 0.5 * vision["patch_size"])
+            image = math.isqrt(int(vision["num_position_embeddings"])) * int(vision["patch_size"])
             vision_values(writer, config, preprocessor, image=image, heads="num_heads", layers="depth")
             writer.add_clip_projector_type(gguf.VisionProjectorType.QWEN3VL)
             writer.add_vision_use_gelu(True)
@@ -145,23 +185,33 @@ class QwenVlGguf:
             marks = [layer in vision["deepstack_visual_indexes"] for layer in range(int(vision["depth"]))]
             writer.add_vision_is_deepstack_layers(marks)
             return
-        if int(vision.get("window_size", 112)) != 112:
-            raise CheckpointError(
-                f"vision_config.window_size {vision['window_size']}: llama.cpp knows 112 alone"
-            )
-        full = [int(layer) for layer in vision["fullatt_block_indexes"]]
-        pattern = full[0] + 1
-        if full != list(range(pattern - 1, int(vision["depth"]), pattern))[: len(full)]:
-            raise CheckpointError(
-                f"vision_config.fullatt_block_indexes {full}: llama.cpp knows only evenly spaced ones"
-            )
         image = int(vision.get("image_size", 560))
         vision_values(writer, config, preprocessor, image=image, heads="num_heads", layers="depth")
         writer.add_clip_projector_type(gguf.VisionProjectorType.QWEN25VL)
         writer.add_vision_use_silu(True)
         # 1 would be windows in no layer, which llama.cpp stops at; 0 it takes for a model without any
+        pattern = _window_pattern(vision)
         writer.add_vision_n_wa_pattern(pattern if pattern > 1 else 0)
         writer.add_vision_attention_layernorm_eps(float(config.get("rms_norm_eps", 1e-6)))
+
+
+def _window_pattern(vision: Config) -> int:
+    """Every so many layers one has no windows. Raises CheckpointError for what llama.cpp does not know."""
+    if int(vision.get("window_size", 112)) != 112:
+        raise CheckpointError(f"vision_config.window_size {vision['window_size']}: llama.cpp knows 112 alone")
+    depth = int(vision["depth"])
+    full = [int(layer) for layer in vision["fullatt_block_indexes"]]
+    pattern = full[0] + 1 if full else depth + 1
+    if full != list(range(pattern - 1, depth, pattern)):
+        raise CheckpointError(
+            f"vision_config.fullatt_block_indexes {full}: of {depth} layers llama.cpp knows only evenly "
+            "spaced ones"
+        )
+    return pattern
+
+
+_PAIR = 2
+"""Patches of a token along one side, and pictures of a patch, in llama.cpp's graphs."""
 
 
 def _third(place: int) -> Change:
@@ -197,6 +247,7 @@ class Lfm2VlGguf:
             raise CheckpointError("vision_feature_layer: only -1, the last layer, has a GGUF export here")
         check_act(config, "vision_config", "hidden_act", GELUS)
         check_act(config, "", "projector_hidden_act", GELUS)
+        _check_merge("downsample_factor", int(config.get("downsample_factor", 2)))
 
         def special(rest: str, source: str) -> list[Piece] | None:
             if rest.startswith("head."):

@@ -327,7 +327,3 @@ def vision_values(
 
 def first(value: Any) -> int:
     return int(value[0] if isinstance(value, (list, tuple)) else value)
-
-
-def nothing_special(_: str, __: str) -> None:
-    return None
