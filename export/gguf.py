@@ -179,7 +179,8 @@ class Work:
         remarks = _remarks(staged / "tokenizer.json", self.files.vision.tools_need)
         for remark in remarks:
             facts.say(f"{kind}: {remark}")
-        gguf_modelfile.write(staged, draft, remarks)
+        system = gguf_modelfile.system_texts(facts.checkpoint, draft.prompt)
+        gguf_modelfile.write(staged, draft, remarks, system)
         facts.say(f"{kind}: parity gate")
         base = {} if kind == "f32" else {"text_model": self._base(), "mmproj": self._base_vision()}
         if kind not in _NARROW and not self._proved:
