@@ -16,6 +16,9 @@ from runtime.errors import MissingExtra
 MANIFEST_NAME = "manifest.json"
 """As in runtime/bundle.py, which is not imported for it: `--help` is instant."""
 
+PACKAGES = {"llama_cpp": "llama-cpp-python", "yaml": "PyYAML"}
+"""What pip calls a module, where that is another name."""
+
 
 def require(extra: str, modules: Sequence[str]) -> None:
     """Raise MissingExtra for the first module that is not installed; nothing is imported."""
@@ -23,7 +26,7 @@ def require(extra: str, modules: Sequence[str]) -> None:
 
     for module in modules:
         if find_spec(module) is None:
-            raise MissingExtra(module.replace("_", "-"), extra)
+            raise MissingExtra(PACKAGES.get(module, module.replace("_", "-")), extra)
 
 
 def listed(given: str | None) -> list[str] | None:

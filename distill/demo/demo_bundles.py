@@ -6,7 +6,6 @@ Not here: exporting (`demo_run.py` is handed the exporter), the report (`demo_re
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from distill.jobs import Job
 from evals import accuracy, easy_vqa
 from evals.accuracy import AccuracyResult
 from evals.bench import latency
+from evals.command import require
 from evals.easy_vqa import Question
 from evals.results import Missing
 from runtime import files
@@ -63,8 +63,11 @@ def no_coreml() -> str:
 
 
 def _lacking(extra: str, *modules: str) -> str:
-    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
-    return str(MissingExtra(lacking[0].replace("_", "-"), extra)) if lacking else ""
+    try:
+        require(extra, modules)
+    except MissingExtra as error:
+        return str(error)
+    return ""
 
 
 def missing(plan: Recipe) -> list[Missing]:

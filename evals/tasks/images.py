@@ -25,6 +25,8 @@ MAX_SOURCE_PIXELS = 256 * 1024 * 1024
 BASE64_FROM = 256
 """A longer string without a dot is base64, not a path."""
 
+MEND = "mend the path, or where paths begin (--images of eval, images of a recipe's source)"
+
 
 @dataclass(frozen=True)
 class ImageSource:
@@ -42,9 +44,7 @@ class ImageSource:
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise InputError(
-                f"the picture {self.path} cannot be read ({error.strerror}); mend the path or data.images"
-            ) from error
+            raise InputError(f"the picture {self.path} cannot be read ({error.strerror}); {MEND}") from error
 
     def open(self) -> Image.Image:
         """Decoded, upright by its EXIF tag, RGB: as transformers loads a file. Raises InputError."""
@@ -87,7 +87,7 @@ def image_source(value: Any, folder: Path) -> ImageSource:
         return ImageSource(data=_decoded(value))
     path = folder / value.removeprefix("file://")
     if not path.is_file():
-        raise InputError(f"the picture {path} does not exist; mend the path or data.images")
+        raise InputError(f"the picture {path} does not exist; {MEND}")
     return ImageSource(path=path)
 
 

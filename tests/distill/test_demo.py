@@ -91,7 +91,7 @@ def test_without_llama_cpp_the_demo_has_one_line_about_it(monkeypatch: pytest.Mo
         return None if name in ("llama_cpp", "coremltools") else object()
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    assert demo_bundles.no_gguf() == "llama-cpp is not installed; run: pip install 'pocketvlm[gguf]'"
+    assert demo_bundles.no_gguf() == "llama-cpp-python is not installed; run: pip install 'pocketvlm[gguf]'"
     assert demo_bundles.no_coreml() == "coremltools is not installed; run: pip install 'pocketvlm[coreml]'"
     exported = [job.name for job in demo_run._export_jobs(Path("out"), tiny(), print)]
     assert exported == ["export student to onnx"]
