@@ -105,7 +105,9 @@ def make_cases(
     random = np.random.default_rng(0)
     done = []
     for case in cases:
-        extra = [int(i) for i in random.integers(0, vocab, FORCED_STEPS) if i != image_token]
+        drawn_ids = [int(i) for i in random.integers(0, vocab, FORCED_STEPS) if i != image_token]
+        # rows that only fill the table up to a round number: no text has them
+        extra = [i for i in drawn_ids if reference.tokenizer.id_to_token(i) is not None]
         done.append(greedy_forced(reference, case, FORCED_STEPS, extra))
     return done
 

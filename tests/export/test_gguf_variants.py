@@ -188,6 +188,22 @@ def test_a_head_that_repeats_or_replaces_the_embedding(
     assert "token_embd.weight" in tensors and "output.weight" not in tensors
 
 
+def test_rows_that_only_fill_the_table_are_not_asked_for(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A vocabulary padded with zeros: without an epsilon, as llama.cpp has it here, such a row is NaN."""
+    copy = copied(checkpoints["qwen2_5_vl"], tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(copy)
+    model.resize_token_embeddings(1024, mean_resizing=False)
+    size = Tokenizer.from_file(str(copy / "tokenizer.json")).get_vocab_size()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[size:] = 0
+        model.get_output_embeddings().weight[size:] = 0
+    model.save_pretrained(copy)
+    tokens = text_file(exported(copy, tmp_path, "qwen2_5_vl")).fields["tokenizer.ggml.tokens"]
+    assert len(tokens.data) == 1024
+
+
 def test_buffers_of_older_versions_are_left_out(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     copy = copied(checkpoints["smolvlm"], tmp_path)
     frequencies = {"model.text_model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)}
