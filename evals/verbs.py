@@ -254,6 +254,8 @@ def evaluate(
     from evals.parity import parity_table
     from evals.variants import brittleness
 
+    if judge is not None:
+        require("distill", ("openai",))  # before any question is asked
     console = Console(stderr=True, highlight=False, markup=False)
     request = eval_command.Request(
         models=without_searches(models),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import pocketvlm
 from evals.asking import eval_results
 from tests.cli import call, refusal
 from tests.evals.task_files import png, write_jsonl, write_tsv
@@ -38,6 +41,20 @@ def test_what_eval_refuses(questions: Path, tiny_bundle: Path, tmp_path: Path) -
     assert "wanted both" in refusal("eval", tiny_bundle, "--task", questions, "--judge", "http://x")
     assert "no manifest.json" in refusal("eval", tmp_path, "--task", questions)
     assert "name a bundle, too" in refusal("eval", tiny_bundle, "--task", questions, "--parity")
+
+
+def test_a_judge_without_its_client_is_told_before_any_question(
+    questions: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
+    out = tmp_path / "out"
+    judge = ("--judge", "http://127.0.0.1:9/v1", "--judge-model", "m")
+    words = ["eval", str(tiny_bundle), "--task", str(questions), *judge, "--out", str(out)]
+    done = CliRunner().invoke(pocketvlm.app, words)
+    assert done.exit_code == 2
+    assert "openai is not installed; run: pip install 'pocketvlm[distill]'" in done.output
+    assert not out.exists()
 
 
 def test_a_faulty_row_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
