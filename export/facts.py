@@ -89,6 +89,7 @@ def prepare(
         prompt = prompt.model_copy(update={"user_without_image": None})
     context = limits.context(checkpoint, family, image, plan.max_context)
     room = context // image.max_tokens
+    _check_ids(checkpoint)
     # before the costly steps; the gate repeats it on the written tokenizer
     claims = proof.settle(checkpoint, prompt, geometry, max(1, min(plan.max_images, room)))
     prompt = claims.prompt
@@ -109,6 +110,7 @@ def prepare(
             text_only=prompt.user_without_image is not None,
             images=claims.images,
         )
+    _check_room(cases, reference, context)
     expected = None
     if expect:
         room = usual_context(context, image.max_tokens)
@@ -139,6 +141,30 @@ def prepare(
         examples=calibrate.answered(reference, examples),
         expected=expected,
     )
+
+
+def _check_ids(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError when a question can have an id for which there is no embedding."""
+    rows = len(checkpoint.model.get_input_embeddings().weight)
+    beyond = {text: i for text, i in checkpoint.tokenizer.get_vocab().items() if i >= rows}
+    if beyond:
+        text = min(beyond, key=beyond.__getitem__)
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer has {len(beyond)} tokens beyond the {rows} embeddings (first: "
+            f"{text!r}, id {beyond[text]}), and a question with one has no answer; call "
+            "resize_token_embeddings before training, or take the base model's tokenizer"
+        )
+
+
+def _check_room(cases: Sequence[ParityCase], reference: TorchSession, context: int) -> None:
+    """Raises CheckpointError when an ordinary photo does not fit into the context."""
+    for case in cases:
+        tokens = sum(reference.prepare(each).tokens for each in case.images)
+        if len(case.images) == 1 and tokens + limits.LEAST_TOKENS > context:
+            raise CheckpointError(
+                f"{reference.path}: a picture of the gate ({case.name}) takes {tokens} tokens, the context "
+                f"is {context}; give --max-image-tokens {max(1, context // 2)} or fewer"
+            )
 
 
 @contextlib.contextmanager

@@ -75,6 +75,13 @@ def check_text(checkpoint: Checkpoint, known: Sequence[str]) -> None:
             f"{path}: text_config.layer_types has sliding_attention, the decoder part attends to everything; "
             "set use_sliding_window to false if the model was trained so"
         )
+    for setting in ("sliding_window", "attention_chunk_size"):
+        # without layer_types transformers gives the cache that window, whatever the layers do
+        if getattr(text, "layer_types", None) is None and getattr(text, setting, None) is not None:
+            raise CheckpointError(
+                f"{path}: text_config.{setting} is {getattr(text, setting)}, the decoder part attends to "
+                "everything; take it out of config.json if the model was trained so"
+            )
 
 
 def decoder_shape(checkpoint: Checkpoint) -> DecoderShape:

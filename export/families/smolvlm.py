@@ -77,11 +77,19 @@ class SmolVlm(Family):
         path, config, processor = checkpoint.path, checkpoint.config, checkpoint.processor
         shared.require(checkpoint, shared.PIXELS)
         shared.filter_of(checkpoint)
+        for setting in ("size", "max_image_size"):
+            found = getattr(processor.image_processor, setting, None) or {}
+            if not dict(found).get("longest_edge"):
+                raise CheckpointError(
+                    f"{path}: image_processor.{setting} is {dict(found)}, wanted a longest_edge; correct "
+                    "processor_config.json"
+                )
         side, patch = _side(checkpoint), int(config.vision_config.patch_size)
-        if side % (patch * int(config.scale_factor)):
+        # pixels beyond the last whole patch are seen by nobody, as with 384 pixels and patches of 14
+        if side < patch or side // patch % int(config.scale_factor):
             raise CheckpointError(
-                f"{path}: max_image_size {side} is no multiple of patch_size x scale_factor "
-                f"({patch} x {config.scale_factor}); correct processor_config.json"
+                f"{path}: max_image_size {side} makes {side // patch} patches of {patch} a side, which is no "
+                f"multiple of scale_factor {config.scale_factor}; correct processor_config.json"
             )
         tokens = (side // patch // int(config.scale_factor)) ** 2
         if int(processor.image_seq_len) != tokens:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AddedToken, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import export
+from distill import fresh
 from evals.torch_session import TorchSession
 from export import prompts
 from export.checkpoint import load, read_config
@@ -21,7 +23,7 @@ from export.gate_cases import drawn
 from runtime.errors import CheckpointError
 from runtime.generation import GenerationOptions
 from runtime.session import open_bundle
-from tests.checkpoints import FAMILIES, VARIANTS
+from tests.checkpoints import FAMILIES, RULES, VARIANTS
 
 QUERY = "model.text_model.layers.0.self_attn.q_proj"
 QUESTION = "what color is the shape?"
@@ -249,3 +251,82 @@ def test_a_model_that_transformers_cannot_run_is_told(tmp_path: Path) -> None:
     edit(path / "config.json", lambda found: found.update(vision_feature_select_strategy="full"))
     with pytest.raises(CheckpointError, match=r"transformers cannot answer with it: .*correct config\.json"):
         prepare(load(path), (), lambda _: None, trace=False, expect=False)
+
+
+# --- settings ---------------------------------------------------------
+
+
+def taken(path: Path) -> None:
+    """Everything before the trace."""
+    prepare(load(path), (), lambda _: None, trace=False, expect=False)
+
+
+def test_tokens_without_an_embedding_are_refused(copy: Path) -> None:
+    """A question with one of them would end in the runtime's own error."""
+    processor = AutoProcessor.from_pretrained(copy)
+    rows = len(processor.tokenizer)
+    processor.tokenizer.add_tokens(["<box>", "</box>"])
+    processor.save_pretrained(copy)
+    with pytest.raises(
+        CheckpointError, match=rf"2 tokens beyond the {rows} embeddings \(first: '<box>', id {rows}"
+    ):
+        taken(copy)
+
+
+def test_added_tokens_and_a_padded_table_are_exported(copy: Path, tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(copy)
+    processor.tokenizer.add_tokens([AddedToken("<box>", lstrip=True), AddedToken(" red ", normalized=True)])
+    processor.save_pretrained(copy)
+    model = AutoModelForImageTextToText.from_pretrained(copy, dtype=torch.float32)
+    model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+    model.save_pretrained(copy)
+    bundle, picture = export.export_checkpoint(copy, tmp_path / "out"), drawn(64, 48, 1)
+    with TorchSession(copy) as reference, open_bundle(bundle, threads=1) as session:
+        for question in ("where  <box> is red ?", "<box>", " red  red <box>"):
+            wanted, found = (
+                each.prompt_ids(question, [each.prepare(picture)]).tolist() for each in (reference, session)
+            )
+            assert found == wanted and processor.tokenizer.convert_tokens_to_ids("<box>") in found
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl"])
+def test_a_window_that_only_the_cache_would_have_is_refused(tmp_path: Path, family: str) -> None:
+    path = FAMILIES[family](tmp_path / "tiny")
+    edit(path / "config.json", lambda found: found["text_config"].update(sliding_window=16))
+    with pytest.raises(
+        CheckpointError, match=r"text_config\.sliding_window is 16.*take it out of config\.json"
+    ):
+        taken(path)
+
+
+def test_photos_that_the_context_cannot_hold_are_told(tmp_path: Path) -> None:
+    path = VARIANTS["qwen2_vl"](tmp_path / "tiny")
+    limits = {"shortest_edge": 1024, "longest_edge": 12845056}
+    edit(path / "processor_config.json", lambda found: found["image_processor"].update(size=limits))
+    with pytest.raises(
+        CheckpointError, match=r"takes 3072 tokens, the context is 2048; give --max-image-tokens 1024"
+    ):
+        taken(path)
+
+
+def test_another_kind_of_size_is_refused(copy: Path) -> None:
+    size = {"height": 64, "width": 64}
+    edit(copy / "processor_config.json", lambda found: found["image_processor"].update(size=size))
+    with pytest.raises(CheckpointError, match=r"image_processor\.size is .*wanted a longest_edge"):
+        taken(copy)
+
+
+def test_pixels_beyond_the_last_patch_are_left_out(copy: Path, tmp_path: Path) -> None:
+    """SmolVLM's largest has pictures of 384 pixels and patches of 14; here 64 and 7, and heads of 72."""
+    config = json.loads((copy / "config.json").read_text())
+    config["scale_factor"] = 3
+    config["vision_config"].update(patch_size=7, hidden_size=72, num_attention_heads=1)
+    own = config.pop("model_type")
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(own, **config))
+    fresh.initialise(model, RULES, 0)
+    model.generation_config.eos_token_id = config["text_config"]["eos_token_id"]
+    model.save_pretrained(copy)
+    edit(copy / "processor_config.json", lambda found: found.update(image_seq_len=9))
+    bundle = open_bundle(export.export_checkpoint(copy, tmp_path / "out"), threads=1)
+    with bundle as session:
+        assert session.prepare(drawn(200, 150, 1)).views[0].grid == (3, 3)
