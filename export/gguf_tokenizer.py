@@ -57,9 +57,10 @@ def _write_ends(writer: Any, path: Path, tokenizer: Tokenizer, known: Mapping[st
     content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     found = content.get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
+    told = {known.get(role) for role in ("eos", "eot", "eom")}
     others = [
         each for each in ids
-        if each is not None and each not in known.values() and tokenizer.id_to_token(each) not in NAMED_ENDS
+        if each is not None and each not in told and tokenizer.id_to_token(each) not in NAMED_ENDS
     ]  # fmt: skip
     for role, place in zip((role for role in ("eot", "eom") if role not in known), others, strict=False):
         getattr(writer, f"add_{role}_token_id")(place)
