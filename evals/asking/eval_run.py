@@ -4,9 +4,9 @@ In: models, a task, variants. Out: `EvalResults`, in files that other tools read
 Not here: reading tasks (`evals/tasks/`), summing up (`evals/asking/eval_summary.py`), judges
 (`evals/asking/eval_judge.py`), the harnesses' layouts (`evals/asking/eval_layouts.py`).
 
-One model is open at a time. Answers are kept in sealed shards of CHUNK questions, under a key of the model
-and of everything that was asked: a run that was killed goes on after the last shard, and a question that
-changed is asked again. Scores are not kept but computed, so that another scorer asks nobody again.
+One model is open at a time. Answers are kept in sealed shards of CHUNK questions, under a key of the model,
+what runs it and everything that was asked: a run that was killed goes on after the last shard, and a question
+that changed is asked again. Scores are not kept but computed, so that another scorer asks nobody again.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ CHUNK = 64
 ANSWERS_VERSION = 1
 """Raise it with any change of what a shard holds or how a question is asked."""
 PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "coremltools", "numpy", "pillow")
+RUNS_ON = {
+    "onnx": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn"),
+    "gguf": ("llama-cpp-python",),
+    "coreml": ("coremltools",),
+    "safetensors": ("torch", "transformers"),
+}
+"""By a model's format: the packages whose versions an answer may depend on, beside EVERYWHERE."""
+EVERYWHERE = ("numpy", "pillow", "tokenizers")
 FACTS = "session.json"
 """In a model's folder: what ran it."""
 PLAIN = Variant(name=ORIGINAL, family="original", description="the questions as the task has them")
@@ -108,7 +116,7 @@ class _Asked:
 
     def all_of(self, model: Model, threads: int | None) -> dict[tuple[str, str], Row]:
         """Rows by (variant, question), asked where they lack."""
-        folder = self.root / model.sha256[:16]
+        folder = self._folder(model)
         lacking = [chunk for chunk in self.chunks if not (folder / chunk.name).exists()]
         if lacking:
             self._ask(model, threads, folder, lacking)
@@ -139,7 +147,12 @@ class _Asked:
 
     def facts(self, model: Model) -> dict[str, str]:
         """What ran the model, as of its last sitting."""
-        return dict(files.read_json(self.root / model.sha256[:16] / FACTS))
+        return dict(files.read_json(self._folder(model) / FACTS))
+
+    def _folder(self, model: Model) -> Path:
+        """Of a model's answers by these versions of what runs it: eval.json names no others."""
+        versions = {name: installed(name) for name in (*RUNS_ON.get(model.format, ()), *EVERYWHERE)}
+        return self.root / files.sha256_json([model.sha256, versions])[:16]
 
 
 @dataclass(frozen=True)

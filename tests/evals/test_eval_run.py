@@ -80,6 +80,19 @@ def test_a_changed_question_or_length_is_asked_again(tmp_path: Path) -> None:
     assert len(model.script.asked) == 8
 
 
+def test_other_versions_of_what_runs_a_model_ask_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """eval.json names the versions that are installed: answers of older ones would be under a wrong name."""
+    model, versions = told("m"), dict.fromkeys(("onnxruntime", "llama-cpp-python", "numpy"), "1")
+    object.__setattr__(model, "format", "onnx")
+    monkeypatch.setattr(eval_run, "installed", lambda name: versions.get(name))
+    for package, asked in (("", 2), ("llama-cpp-python", 2), ("onnxruntime", 4), ("numpy", 6), ("", 6)):
+        versions |= {package: "2"}
+        eval_run.run([model], task(2), tmp_path)
+        assert len(model.script.asked) == asked
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
