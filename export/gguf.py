@@ -29,7 +29,7 @@ from export.families.gguf import gguf_family
 from export.gguf_kinds import DIRECT, Request, check
 from export.gguf_plan import Plan as FilePlan
 from export.gguf_source import Source, open_source
-from export.gguf_vocabulary import unread_flags
+from export.gguf_vocabulary import composer, unread_flags
 from export.gguf_write import stored_bytes, write
 from export.targets import Plan
 from runtime import bundle
@@ -241,6 +241,8 @@ def _remarks(tokenizer: Path, needed: Sequence[str]) -> list[str]:
         f"llama.cpp's own tools read {text!r} without its {flag} (docs/gguf.md)"
         for text, flag in list(unread_flags(found).items())[:1]
     ]
+    if composer(found) is not None:
+        remarks.append("llama.cpp's own tools do not compose characters (NFC) as the tokenizer does")
     pieces = {
         found.decode([place], skip_special_tokens=False)
         for place in range(found.get_vocab_size() if needed else 0)

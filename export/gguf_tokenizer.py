@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 from tokenizers import Tokenizer
 
-from export.gguf_vocabulary import NAMED_ENDS, merged, pre_tokenizer, scored
+from export.gguf_vocabulary import NAMED_ENDS, check_normalizer, merged, pre_tokenizer, scored
 from runtime.errors import CheckpointError
 
 
@@ -70,6 +70,7 @@ def _write_merged(
     writer: Any, tokenizer: Tokenizer, content: dict[str, Any], vocabulary: int, path: Path
 ) -> None:
     """Byte-level BPE; its merges are added with the special tokens."""
+    check_normalizer(content, path)
     tokens, types = merged(tokenizer, content, vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(content, path))

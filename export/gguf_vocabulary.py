@@ -16,7 +16,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from runtime.errors import CheckpointError
 
@@ -87,6 +87,21 @@ def unread_flags(tokenizer: Tokenizer) -> dict[str, str]:
         for token in tokenizer.get_added_tokens_decoder().values()
         if any(getattr(token, flag) for flag in flags)
     }
+
+
+def check_normalizer(content: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError for a normalizer of byte-level BPE that does more than to compose characters."""
+    found = content.get("normalizer")
+    if found not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
+        raise CheckpointError(
+            f"{path}/tokenizer.json: normalizer {json.dumps(found)[:200]} has no counterpart in llama.cpp; "
+            "known with byte-level BPE: none, NFC"
+        )
+
+
+def composer(tokenizer: Tokenizer) -> Any | None:
+    """The tokenizer's step that composes characters (NFC, as Qwen's has it), which llama.cpp leaves out."""
+    return tokenizer.normalizer if isinstance(tokenizer.normalizer, normalizers.NFC) else None
 
 
 def pre_tokenizer(content: dict[str, Any], path: Path) -> str:

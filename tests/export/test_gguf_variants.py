@@ -25,6 +25,7 @@ from evals.torch_session import TorchSession  # noqa: E402
 from export.families import gguf_rope  # noqa: E402
 from export.families.gguf import _positions  # noqa: E402
 from export.gguf import export_gguf, plan_files  # noqa: E402
+from export.gguf_vocabulary import _REGEXES  # noqa: E402
 from runtime import bundle  # noqa: E402
 from runtime.errors import BundleError, CheckpointError, ParityError  # noqa: E402
 from runtime.generation import GenerationOptions  # noqa: E402
@@ -333,6 +334,34 @@ def test_rules_of_added_tokens_that_llama_cpp_lacks_are_told(
     tokenizer.save(str(copy / "tokenizer.json"))
     out = exported(copy, tmp_path, "gemma3")
     assert f"read {text!r} without its {flag}" in (out / "Modelfile").read_text()
+
+
+QWEN_SPLIT = next(pattern for pattern, name in _REGEXES.items() if name == "qwen2")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
+def test_a_tokenizer_as_qwen_publishes_it(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Characters are composed first (NFC), which llama.cpp does not do; the gate has such texts."""
+    copy = copied(checkpoints[name], tmp_path)
+    split = {"type": "Split", "pattern": {"Regex": QWEN_SPLIT}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+    def published(content: Settings) -> None:
+        content["normalizer"] = {"type": "NFC"}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+        content["post_processor"] = level
+
+    edit(copy / "tokenizer.json", published)
+    out = exported(copy, tmp_path, name)
+    assert text_file(out).fields["tokenizer.ggml.pre"].contents() == "qwen2"
+    assert "do not compose characters" in (out / "Modelfile").read_text()
+
+
+def test_another_normalizer_is_refused_by_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    copy = copied(checkpoints["smolvlm"], tmp_path)
+    edit(copy / "tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
+    with pytest.raises(CheckpointError, match=r'normalizer \{"type": "Lowercase"\} has no counterpart'):
+        export_gguf(copy, {"f32": tmp_path / "b"}, names={"f32": "b"})
 
 
 def test_files_without_a_fast_tokenizer_are_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
