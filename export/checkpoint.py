@@ -22,6 +22,7 @@ TASK = "image-text-to-text"
 _OLDER_TASK = "image-to-text"  # what optimum calls some of them; their loader is the same
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER = "adapter_config.json"
+_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def read_config(path: Path) -> dict[str, Any]:
             f"the same model for transformers itself, often published as {path.resolve().name}-hf or -HF"
         )
     _check_weights(path)
+    if isinstance(quantized := config.get("quantization_config"), dict):
+        raise CheckpointError(
+            f"{config_path}: weights quantized by {quantized.get('quant_method', 'some tool')}; export "
+            "the model in 16 or 32 bits (merge an adapter into the base as it was), and give --precision"
+        )
     _check_beside(path)
     return config
 
@@ -133,6 +139,11 @@ def _check_beside(path: Path) -> None:
 
 def _check_weights(path: Path) -> None:
     index = path / "model.safetensors.index.json"
+    if index.exists() and (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{path}: model.safetensors and {index.name} are two models, and transformers takes the first; "
+            "move the older one away"
+        )
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -181,7 +192,7 @@ def load(path: Path) -> Checkpoint:
         ) from error
     model, info = loaded
     _check_task(path, model)
-    notes = weights.check(path, model, info)
+    notes = (*weights.check(path, model, info), *_passed_over(path, processor))
     if not take_template(processor):
         raise CheckpointError(
             f"{path}: no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; "
@@ -189,6 +200,36 @@ def load(path: Path) -> Checkpoint:
         )
     _fix_rope(model)
     return Checkpoint(path, model.eval().requires_grad_(False), processor, notes)
+
+
+def _passed_over(path: Path, processor: Any) -> tuple[str, ...]:
+    """Notes on files that say otherwise than those that transformers prefers: an edit there does nothing."""
+
+    def of(name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    templates = {
+        name: of(name).get("chat_template") for name in ("chat_template.json", "tokenizer_config.json")
+    }
+    if (path / _TEMPLATE).is_file():
+        templates[_TEMPLATE] = (path / _TEMPLATE).read_text(encoding="utf-8")
+    notes = [
+        f"{name} has another chat template than the one taken"
+        for name, text in templates.items()
+        if isinstance(text, str) and text.strip() != str(processor.chat_template).strip()
+    ]
+    taken, other = of("processor_config.json").get("image_processor"), of("preprocessor_config.json")
+    if isinstance(taken, dict):
+        differ = sorted(name for name in taken.keys() & other.keys() if taken[name] != other[name])
+        if settings := [name for name in differ if not name.endswith(("_type", "_class"))]:
+            notes.append(
+                f"processor_config.json is taken, preprocessor_config.json has other {', '.join(settings)}"
+            )
+    return tuple(notes)
 
 
 def _fix_rope(model: Any) -> None:

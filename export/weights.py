@@ -23,6 +23,9 @@ MERGE = (
 _ADAPTERS = ("lora_", "base_layer", "modules_to_save", "ia3_", "oft_", "vera_lambda", "prompt_encoder")
 """In names that peft writes."""
 
+_SMALL = ("F8", "F6_", "F4", "I8", "U8", "I4", "U4")
+"""How the names of types of 8 bits or fewer begin in a safetensors header."""
+
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 """What DistributedDataParallel, torch.compile, FSDP and peft put before a name, or into it."""
 
@@ -33,6 +36,7 @@ def check(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str, ...]:
     Raises CheckpointError: weights missing or of another shape, an adapter that was not merged, a weight of a
     layer that the configuration gives none (a bias), NaN or infinity.
     """
+    _check_stored(path)
     left = sorted(info["unexpected_keys"])
     if adapters := [name for name in left if any(mark in name for mark in _ADAPTERS)]:
         raise CheckpointError(
@@ -54,6 +58,21 @@ def check(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str, ...]:
     if not left:
         return ()
     return (f"{len(left)} weights in the files have no place in the model and were left out: {left[0]}, ...",)
+
+
+def _check_stored(path: Path) -> None:
+    """Raises CheckpointError for a weight stored in 8 bits or fewer: its scales are not known here."""
+    from safetensors import safe_open
+
+    for file in sorted(path.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                kind = tensors.get_slice(name).get_dtype()
+                if kind.startswith(_SMALL) and name.endswith("weight"):
+                    raise CheckpointError(
+                        f"{file}: {name} is stored as {kind}, which is quantized; export the model in 16 or "
+                        "32 bits and give --precision"
+                    )
 
 
 def _remedy(left: list[str]) -> str:

@@ -19,6 +19,7 @@ from evals.torch_session import TorchSession
 from export import prompts
 from export.checkpoint import load, read_config
 from export.facts import prepare
+from export.families import family_of
 from export.gate_cases import drawn
 from runtime.errors import CheckpointError
 from runtime.generation import GenerationOptions
@@ -112,6 +113,31 @@ def test_both_layouts_of_names_load_to_the_same(tmp_path: Path, family: str) -> 
     assert all(torch.equal(found[name], each) for name, each in wanted.items())
 
 
+def flattened(config: dict[str, Any]) -> None:
+    """The configuration of Qwen2-VL and Qwen2.5-VL as published: the text model's settings at the top."""
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for name in ("model_type", "layer_types", "dtype", "architectures", "transformers_version"):
+        text.pop(name, None)
+    old = {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope"}, "torch_dtype": "bfloat16"}
+    old["rope_scaling"]["mrope_section"] = rope["mrope_section"]
+    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 1}
+    config.update({**text, **old, **unused, "transformers_version": "4.41.2"})
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_flat_configuration_is_the_same_model(tmp_path: Path, family: str) -> None:
+    path = {**FAMILIES, **VARIANTS}[family](tmp_path / "tiny")
+    with TorchSession(path) as session:
+        wanted = session.generate(drawn(64, 48, 1), QUESTION, 6)
+    shape = family_of(load(path)).decoder_shape(load(path))
+    edit(path / "config.json", flattened)
+    checkpoint = load(path)
+    assert family_of(checkpoint).decoder_shape(checkpoint) == shape
+    with TorchSession(path, model=checkpoint.model, processor=checkpoint.processor) as session:
+        assert session.generate(drawn(64, 48, 1), QUESTION, 6) == wanted
+
+
 # --- directories ------------------------------------------------------
 
 
@@ -147,6 +173,63 @@ def test_no_tokenizer_is_told(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"it has no tokenizer\.json; copy that of the model"):
         load(copy)
+
+
+def test_two_models_in_a_directory_are_refused(copy: Path) -> None:
+    names = dict.fromkeys(load_file(copy / "model.safetensors"), "model-00001-of-00001.safetensors")
+    shutil.copyfile(copy / "model.safetensors", copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(CheckpointError, match=r"are two models, and transformers takes the first"):
+        read_config(copy)
+    (copy / "model.safetensors").unlink()
+    assert load(copy).parameters
+
+
+def test_quantized_checkpoints_are_refused(copy: Path) -> None:
+    edit(
+        copy / "config.json", lambda found: found.update(quantization_config={"quant_method": "bitsandbytes"})
+    )
+    with pytest.raises(CheckpointError, match=r"config\.json: weights quantized by bitsandbytes"):
+        read_config(copy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")]
+)
+def test_weights_without_their_scales_are_refused(copy: Path, kind: torch.dtype, name: str) -> None:
+    """transformers would take the bare numbers."""
+    rewrite(copy, lambda tensors: tensors.update({f"{QUERY}.weight": tensors[f"{QUERY}.weight"].to(kind)}))
+    with pytest.raises(CheckpointError, match=rf"{QUERY}\.weight is stored as {name}, which is quantized"):
+        load(copy)
+
+
+def test_mixed_types_load_to_float32(copy: Path) -> None:
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name, each in tensors.items():
+            kind = torch.float64 if "norm" in name else torch.float16 if "mlp" in name else torch.bfloat16
+            tensors[name] = each.to(kind)
+
+    rewrite(copy, mix)
+    wanted, found = load_file(copy / "model.safetensors"), load(copy).model.state_dict()
+    assert all(found[name].dtype == torch.float32 for name in wanted)
+    assert all(torch.equal(found[name], each.float()) for name, each in wanted.items())
+
+
+def test_a_file_that_is_passed_over_is_noted(copy: Path) -> None:
+    assert load(copy).notes == ()
+    template = (copy / "chat_template.jinja").read_text()
+    edit(copy / "tokenizer_config.json", lambda found: found.update(chat_template=f"{template}\n"))
+    settings = json.loads((copy / "processor_config.json").read_text())["image_processor"]
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert load(copy).notes == ()  # the same twice
+    edit(copy / "tokenizer_config.json", lambda found: found.update(chat_template=f"Short!{template}"))
+    edit(copy / "preprocessor_config.json", lambda found: found.update(image_mean=[0.1, 0.1, 0.1]))
+    checkpoint = load(copy)
+    assert checkpoint.processor.chat_template == template
+    assert checkpoint.notes == (
+        "tokenizer_config.json has another chat template than the one taken",
+        "processor_config.json is taken, preprocessor_config.json has other image_mean",
+    )
 
 
 # --- chat templates ---------------------------------------------------
