@@ -142,4 +142,4 @@ def _one_table(source: Source) -> Source:
     return replace(source, files={name: file for name, file in source.files.items() if name != heads[0]})
 
 
-_ROWS = 4096
+_ROWS = 1024

@@ -210,7 +210,8 @@ def _scaling(arch: Any, text: Config, pieces: Sequence[Piece]) -> tuple[Piece, .
         return ()
     if arch != ARCH.LLAMA:
         raise CheckpointError(f"text_config: rope_type 'llama3'; llama.cpp's {KEYS[arch]} does not know it")
-    return (Piece("rope_freqs.weight", pieces[0].source, lambda tensor: tensor.new_tensor(found), "f32"),)
+    any_norm = next(piece.source for piece in pieces if piece.name == "output_norm.weight")
+    return (Piece("rope_freqs.weight", any_norm, lambda tensor: tensor.new_tensor(found), "f32"),)
 
 
 def text_values(
