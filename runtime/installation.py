@@ -28,6 +28,11 @@ EXTRAS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Each extra of the project with the packages that its verbs import."""
 
+ONNXRUNTIMES = (
+    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn", "onnxruntime-openvino", "onnxruntime-directml"),
+)
+"""Packages that all hold the module onnxruntime; one installed over another spoils both."""
+
 
 def describe() -> dict[str, Any]:
     """JSON-ready facts: python, system, threads, core packages, extras with their pip command."""
@@ -49,13 +54,24 @@ def installed(package: str) -> str | None:
 
 
 def _extra(name: str, packages: tuple[str, ...]) -> dict[str, Any]:
-    versions = {package: installed(package) for package in packages}
+    versions = dict(map(_standing_for, packages))
     return {
         "extra": name,
         "packages": versions,
         "complete": None not in versions.values(),
         "install": f"pip install 'pocketvlm[{name}]'",
     }
+
+
+def onnxruntime_package() -> str:
+    """Which of ONNXRUNTIMES is installed; the first where none is."""
+    return next((name for name in ONNXRUNTIMES if installed(name)), ONNXRUNTIMES[0])
+
+
+def _standing_for(package: str) -> tuple[str, str | None]:
+    """The package, or what is installed in its place, with its version."""
+    name = onnxruntime_package() if package == ONNXRUNTIMES[0] else package
+    return name, installed(name)
 
 
 def program_version() -> str:

@@ -28,15 +28,15 @@ from evals.tasks import scoring
 from evals.tasks.question import Question, Task, given, image_hashes, picture_sha256
 from runtime import files
 from runtime.errors import InputError
-from runtime.installation import installed, program_version
+from runtime.installation import ONNXRUNTIMES, installed, program_version
 
 CHUNK = 64
 """Questions in a shard: what a kill can lose."""
 ANSWERS_VERSION = 1
 """Raise it with any change of what a shard holds or how a question is asked."""
-PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "coremltools", "numpy", "pillow")
+PACKAGES = (*("torch", "transformers", *ONNXRUNTIMES, "llama-cpp-python", "coremltools", "numpy", "pillow"),)
 RUNS_ON = {
-    "onnx": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn"),
+    "onnx": ONNXRUNTIMES,
     "gguf": ("llama-cpp-python",),
     "coreml": ("coremltools",),
     "safetensors": ("torch", "transformers"),

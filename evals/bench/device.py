@@ -22,13 +22,14 @@ from evals.bench.bench_conditions import CoreCluster, DeviceSheet, Kind
 from evals.bench.process_memory import peak_rss_mib
 from evals.bench.system import HERE, Roots, kib, number, text
 from evals.records import Device
+from runtime.installation import ONNXRUNTIMES
 from runtime.threads import default_threads
 
 __all__ = ["describe", "peak_rss_mib", "sheet"]
 
 PACKAGES = ("onnxruntime", "numpy", "pillow", "tokenizers")
 RUNTIMES = (
-    *("onnxruntime", "onnxruntime-gpu", "onnxruntime-qnn", "llama-cpp-python", "coremltools"),
+    *(*ONNXRUNTIMES, "llama-cpp-python", "coremltools"),
     *("numpy", "pillow", "tokenizers", "pydantic", "pocketvlm"),
 )
 """Whose version is on the sheet, where installed."""

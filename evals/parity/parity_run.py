@@ -29,13 +29,13 @@ from evals.results import Missing
 from evals.tasks.question import Question, Task
 from runtime import files
 from runtime.errors import BundleError, InputError, PocketError
-from runtime.installation import installed, program_version
+from runtime.installation import ONNXRUNTIMES, installed, onnxruntime_package, program_version
 from runtime.providers import EVALUATOR
 
 ROWS_VERSION = 1
 """Raise it with any change of what a row or a kept file holds."""
 MAX_TOKENS = 32
-PACKAGES = ("torch", "transformers", "onnxruntime", "llama-cpp-python", "coremltools", "numpy", "pillow")
+PACKAGES = (*("torch", "transformers", *ONNXRUNTIMES, "llama-cpp-python", "coremltools", "numpy", "pillow"),)
 
 
 class Progress(Protocol):
@@ -251,7 +251,9 @@ def backend_of(session: Any, model: Model) -> str:
     used = [report.name for report in session.providers if report.used]
     if EVALUATOR in used:
         return f"pocketvlm's evaluator, numpy {installed('numpy')}"
-    library = {"onnx": "onnxruntime", "gguf": "llama-cpp-python", "coreml": "coremltools"}[model.format]
+    library = {"onnx": onnxruntime_package(), "gguf": "llama-cpp-python", "coreml": "coremltools"}[
+        model.format
+    ]
     return ", ".join([f"{library} {installed(library)}", *used])
 
 

@@ -253,6 +253,19 @@ def test_doctor_names_the_command_of_a_missing_extra(
     assert "[some] missing no-such-package: pip install 'pocketvlm[some]' (have numpy " in said
 
 
+def test_doctor_wants_no_onnxruntime_over_another(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Jetson: what it said would have put the CPU's files over the GPU's."""
+    monkeypatch.setattr(installation, "installed", {"onnxruntime-gpu": "1.23.0", "numpy": "2.0"}.get)
+    pocketvlm._print_installation({"pocketvlm": "1", **installation.describe()})
+    said = capsys.readouterr().out
+    assert "[onnx] ok (have onnxruntime-gpu 1.23.0)" in said and "[gguf] missing gguf" in said
+    monkeypatch.setattr(installation, "installed", {}.get)
+    pocketvlm._print_installation({"pocketvlm": "1", **installation.describe()})
+    assert "[onnx] missing onnxruntime: pip install 'pocketvlm[onnx]'" in capsys.readouterr().out
+
+
 def test_doctor_knows_the_extras_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, packages in installation.EXTRAS:
