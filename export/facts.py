@@ -91,7 +91,8 @@ def prepare(
     room = context // image.max_tokens
     _check_ids(checkpoint)
     # before the costly steps; the gate repeats it on the written tokenizer
-    claims = proof.settle(checkpoint, prompt, geometry, max(1, min(plan.max_images, room)))
+    with _running(checkpoint):
+        claims = proof.settle(checkpoint, prompt, geometry, max(1, min(plan.max_images, room)))
     prompt = claims.prompt
     notes = (*checkpoint.notes, *claims.notes, *prompts.day_note(checkpoint), *_generation_note(checkpoint))
     for note in notes:
@@ -177,7 +178,7 @@ def _running(checkpoint: Checkpoint) -> Iterator[None]:
     except Exception as error:  # of any class: a shape, a type, an index
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise CheckpointError(
-            f"{checkpoint.path}: transformers cannot answer with it: {first}; correct config.json"
+            f"{checkpoint.path}: transformers cannot answer with it: {first}; correct its configuration"
         ) from error
 
 

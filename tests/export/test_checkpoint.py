@@ -332,7 +332,7 @@ def test_a_broken_generation_config_is_told(copy: Path) -> None:
 def test_a_model_that_transformers_cannot_run_is_told(tmp_path: Path) -> None:
     path = FAMILIES["internvl"](tmp_path / "tiny")
     edit(path / "config.json", lambda found: found.update(vision_feature_select_strategy="full"))
-    with pytest.raises(CheckpointError, match=r"transformers cannot answer with it: .*correct config\.json"):
+    with pytest.raises(CheckpointError, match=r"transformers cannot answer with it: .*correct its config"):
         prepare(load(path), (), lambda _: None, trace=False, expect=False)
 
 
@@ -342,6 +342,18 @@ def test_a_model_that_transformers_cannot_run_is_told(tmp_path: Path) -> None:
 def taken(path: Path) -> None:
     """Everything before the trace."""
     prepare(load(path), (), lambda _: None, trace=False, expect=False)
+
+
+@pytest.mark.parametrize(("length", "works"), [(1024, True), (10, False)])
+def test_truncation_of_the_training_in_the_tokenizers_file(copy: Path, length: int, works: bool) -> None:
+    """transformers cuts a prompt by it, and with it the picture; a bundle's reader turns it off."""
+    cut = {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0}
+    edit(copy / "tokenizer.json", lambda found: found.update(truncation=cut))
+    if works:
+        taken(copy)
+    else:
+        with pytest.raises(CheckpointError, match=r"transformers cannot answer with it: .*truncation"):
+            taken(copy)
 
 
 def test_tokens_without_an_embedding_are_refused(copy: Path) -> None:
