@@ -26,6 +26,7 @@ from export.checkpoint import load, read_config
 from export.draft import draft_manifest, write_conformance
 from export.facts import Facts, Progress, prepare
 from export.families.gguf import gguf_family
+from export.families.gguf_layout import UnknownNames
 from export.gguf_kinds import DIRECT, Request, check
 from export.gguf_plan import Plan as FilePlan
 from export.gguf_source import Source, open_source
@@ -106,10 +107,10 @@ def export_gguf(
 
 
 def _planned(checkpoint: Path) -> Files:
-    """As `plan_files`; of a checkpoint that cannot be loaded either, the reason for that."""
+    """As `plan_files`; where names of tensors are not known and transformers cannot load them, its reason."""
     try:
         return plan_files(checkpoint)
-    except CheckpointError:
+    except UnknownNames:
         load(checkpoint)
         raise
 
@@ -135,7 +136,7 @@ def _named(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from error
+        raise type(error)(f"{checkpoint}: {error}") from error
 
 
 def _needed(

@@ -43,6 +43,10 @@ _SIGLIP_LAYER = {
 }
 
 
+class UnknownNames(CheckpointError):
+    """Tensors that no table has; why, may show only when transformers reads them."""
+
+
 @dataclass(frozen=True)
 class Vision:
     """Names of a vision encoder: `layer` is the pattern of a layer's tensors, with number and rest."""
@@ -164,7 +168,7 @@ def text_pieces(
         full = name if name.startswith("lm_head") else f"model.{name}"
         target = table.get_name(full, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise CheckpointError(
+            raise UnknownNames(
                 f"{source}: no name for it in GGUF's {KEYS[arch]}; this model has a part not known here"
             )
         if target.endswith("attn_output.bias") and arch != ARCH.LLAMA:
@@ -273,7 +277,7 @@ def vision_pieces(
         else:
             pieces.append(_renamed(shape, rest, source))
     if not pieces:
-        raise CheckpointError(
+        raise UnknownNames(
             "no vision tensors under a known name; an empty mmproj would say nothing of it"
             + (f" (tensors are called as {names[0]})" if names else "")
         )
@@ -289,7 +293,7 @@ def _renamed(shape: Vision, rest: str, source: str) -> Piece:
         base = shape.others.get(stem)
         name = None if base is None else f"{base}.{suffix}"
     if name is None:
-        raise CheckpointError(
+        raise UnknownNames(
             f"{source}: no name for it in GGUF; this vision encoder has a part that is not known here"
         )
     return Piece(name, source, keep=shape.keep.get(name))

@@ -194,7 +194,7 @@ def test_rows_that_only_fill_the_table_are_not_asked_for(
 ) -> None:
     """A vocabulary padded with zeros: without an epsilon, as llama.cpp has it here, such a row is NaN."""
     copy = copied(checkpoints["qwen2_5_vl"], tmp_path)
-    model = AutoModelForImageTextToText.from_pretrained(copy)
+    model: Any = AutoModelForImageTextToText.from_pretrained(copy)
     model.resize_token_embeddings(1024, mean_resizing=False)
     size = Tokenizer.from_file(str(copy / "tokenizer.json")).get_vocab_size()
     with torch.no_grad():
@@ -226,7 +226,15 @@ def test_weights_under_a_wrapper_are_told_by_what_wrapped_them(
             weights[f"module.{name}"] = weights.pop(name)
 
     reweigh(copy, wrapped)
-    with pytest.raises(CheckpointError, match=r"module\."):
+    with pytest.raises(CheckpointError, match=r"names in the files have 'module\.' in them"):
+        export_gguf(copy, {"f32": tmp_path / "b"}, names={"f32": "b"})
+
+
+def test_an_adapter_among_the_weights_is_told(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    copy = copied(checkpoints["smolvlm"], tmp_path)
+    name = "model.text_model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    reweigh(copy, lambda weights: weights.update({name: torch.rand(4, 64)}))
+    with pytest.raises(CheckpointError, match="weights of an adapter beside the model's"):
         export_gguf(copy, {"f32": tmp_path / "b"}, names={"f32": "b"})
 
 
