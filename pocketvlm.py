@@ -151,10 +151,12 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Repeats a sampled answer.")] = 0,
     max_context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the whole conversation; their state is allocated.")
+        int | None,
+        typer.Option(min=1, help="Tokens of the whole conversation; default: the bundle's, up to 4,096."),
     ] = None,
     providers: Annotated[
-        str | None, typer.Option(metavar="A,B", help="onnxruntime's execution providers, preferred first.")
+        str | None,
+        typer.Option(metavar="A,B", help="Execution providers, preferred first; default: the bundle's."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: physical cores.")] = None,
     inter_threads: Annotated[int, typer.Option(min=1, help="Threads over independent nodes.")] = 1,

@@ -121,7 +121,9 @@ def ablate(
     experiment: Annotated[
         list[str] | None, typer.Option(help="Only this experiment; may be repeated. Default: all.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=2, help="Seeds of the main comparisons.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="Of the main comparisons; default: the recipe's (8).")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Runs side by side; default: cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

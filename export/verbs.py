@@ -46,7 +46,9 @@ def export(
     ] = None,
     flavour: Annotated[
         str | None,
-        typer.Option(help="ort-fused (CPU, GPU), or portable-static (TensorRT, QNN, Core ML provider)."),
+        typer.Option(
+            help="ort-fused (default: CPU, GPU) or portable-static (TensorRT, QNN, Core ML provider)."
+        ),
     ] = None,
     precision: Annotated[
         str | None,
@@ -70,11 +72,15 @@ def export(
         typer.Option(help="JSON lines of image, question, answer: for --quant auto, -gptq, -kv8 and qdq-."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many of these questions.")] = None,
-    max_context: Annotated[int | None, typer.Option(min=1, help="Most tokens of a sequence.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a sequence; default: the model's.")
+    ] = None,
     max_image_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of one picture: fewer tiles or pixels.")
     ] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Most pictures of a conversation.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Most pictures of a conversation; default: 4.")
+    ] = None,
     split: Annotated[
         bool, typer.Option("--split/--no-split", help="Cut pictures into tiles if the model does.")
     ] = True,

@@ -131,6 +131,12 @@ def test_ratios_are_shown_only_where_there_are_two() -> None:
     assert table is not None and cells(table)["first text (TTFT)"] == ("20.00 (20.00-20.00)",)
 
 
+def test_an_interval_that_says_nothing_is_not_shown() -> None:
+    assert bench._ratio(0.5, 0.25, 1.0) == "0.50 (0.25-1.00)"
+    assert bench._ratio(0.5, None, None) == "0.50"
+    assert bench._ratio(0.21, 1e-9, 3.5e7) == "0.21 (unknown: more --rounds)"
+
+
 def test_the_picture_and_the_question_come_from_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     case = conformance.read(tiny_bundle)[0]
     picture = (tiny_bundle / case.image.path).resolve()

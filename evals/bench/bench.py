@@ -303,5 +303,8 @@ def _spread(at: PointResult | None, field: str) -> str:
 
 
 def _ratio(ratio: float, low: float | None, high: float | None) -> str:
-    interval = "" if low is None or high is None else f" ({low:.2f}-{high:.2f})"
-    return f"{ratio:.2f}{interval}"
+    if low is None or high is None:
+        return f"{ratio:.2f}"
+    if high > 100 * low:  # two rounds that have nothing in common
+        return f"{ratio:.2f} (unknown: more --rounds)"
+    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"
