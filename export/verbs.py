@@ -47,7 +47,7 @@ def export(
     flavour: Annotated[
         str | None,
         typer.Option(
-            help="ort-fused (default: CPU, GPU) or portable-static (TensorRT, QNN, Core ML provider)."
+            help="ort-fused (the default; CPU, GPU) or portable-static (TensorRT, QNN, Core ML provider)."
         ),
     ] = None,
     precision: Annotated[
