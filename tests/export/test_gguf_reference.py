@@ -54,6 +54,7 @@ class Reference:
     change: Callable[[Path], None] = lambda _: None
     # key or tensor (`NAME in f32`: of that precision alone) -> why it is not theirs
     differs: Mapping[str, str] = field(default_factory=dict)
+    family: str = ""
 
 
 def renamed(checkpoint: Path, old: str, new: str) -> None:
@@ -69,6 +70,17 @@ def renamed(checkpoint: Path, old: str, new: str) -> None:
 def older_siglip(checkpoint: Path) -> None:
     """Its converter knows the prefixes that transformers wrote before version 5."""
     renamed(checkpoint, "model.vision_tower.", "model.vision_tower.vision_model.")
+
+
+def scaled(kind: str, **more: float) -> Callable[[Path], None]:
+    """Another kind of rotary scaling."""
+
+    def change(config: dict[str, Any]) -> None:
+        text = config["text_config"]
+        found = text.get("rope_parameters") or {"rope_theta": 1e4}
+        text["rope_parameters"] = {**found, "rope_type": kind, "original_max_position_embeddings": 64, **more}
+
+    return lambda checkpoint: gguf_checkpoints.edit(checkpoint, change)
 
 
 def of_intern_s1(checkpoint: Path) -> None:
@@ -152,6 +164,18 @@ REFERENCES = {
             "clip.vision.preproc_image_size": "theirs makes llama.cpp cut every picture into tiles, "
             "also where the processor's do_image_splitting is off"
         },
+    ),
+    "smolvlm_llama3": Reference(
+        "VLlama3ForCausalLM",
+        "SmolVLMForConditionalGeneration",
+        change=scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
+        family="smolvlm",
+    ),
+    "qwen2_5_vl_yarn": Reference(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        change=scaled("yarn", factor=4.0),
+        family="qwen2_5_vl",
     ),
     "smolvlm_tiles": Reference("VLlama3ForCausalLM", "SmolVLMForConditionalGeneration"),
     "qwen2_5_vl": Reference("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
@@ -246,7 +270,7 @@ def pair(
     name: str = request.param
     out = tmp_path_factory.mktemp(name)
     # two directories of one name: it becomes a key of the file
-    checkpoint = gguf_checkpoints.write(name, out / "a" / name)
+    checkpoint = gguf_checkpoints.write(REFERENCES[name].family or name, out / "a" / name)
     REFERENCES[name].change(checkpoint)
     copy = Path(shutil.copytree(checkpoint, out / "b" / name))
     REFERENCES[name].prepare(copy)
