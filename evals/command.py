@@ -41,9 +41,10 @@ def without_searches(given: Sequence[Path]) -> list[Path]:
     """
     found = []
     for path in given:
-        bundle = path.with_name(path.name.removesuffix(".auto"))
-        if bundle != path and (bundle / MANIFEST_NAME).is_file() and not (path / MANIFEST_NAME).exists():
-            print(f"{path}: is what the search for {bundle.name} keeps, no bundle; left out", file=sys.stderr)
+        name = path.name.removesuffix(".auto")
+        is_other = name == path.name or (path / MANIFEST_NAME).exists()
+        if not is_other and (path.parent / name / MANIFEST_NAME).is_file():
+            print(f"{path}: is what the search for {name} keeps, no bundle; left out", file=sys.stderr)
         else:
             found.append(path)
     return found
