@@ -21,6 +21,7 @@ from export.checkpoint import load, read_config
 from export.facts import prepare
 from export.families import family_of
 from export.gate_cases import drawn
+from export.targets import plan_for
 from runtime.errors import CheckpointError
 from runtime.generation import GenerationOptions
 from runtime.session import open_bundle
@@ -290,7 +291,7 @@ def ask_for(copy: Path, **settings: Any) -> None:
 
 
 def test_a_checkpoint_with_penalties_is_exported_and_noted(copy: Path, tmp_path: Path) -> None:
-    """As published Qwen2.5-VL checkpoints have them: the gate compares what the logits say."""
+    """As published Qwen2.5 models have them: the gate compares what the logits say."""
     ask_for(copy, do_sample=True, temperature=0.7, repetition_penalty=1.5)
     bundle = export.export_checkpoint(copy, tmp_path / "out")
     with TorchSession(copy) as reference, open_bundle(bundle, threads=1) as session:
@@ -425,3 +426,45 @@ def test_pixels_beyond_the_last_patch_are_left_out(copy: Path, tmp_path: Path) -
     bundle = open_bundle(export.export_checkpoint(copy, tmp_path / "out"), threads=1)
     with bundle as session:
         assert session.prepare(drawn(200, 150, 1)).views[0].grid == (3, 3)
+
+
+# --- shapes -----------------------------------------------------------
+
+THETA = {"rope_theta": 1e4}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.3},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    **{name: {"rope_parameters": {"rope_type": name, **THETA, **more}} for name, more in ROPES.items()},
+    "one-kv-head": {"num_key_value_heads": 1},
+    "as-many-kv-heads": {"num_key_value_heads": 4},
+    "wide-heads": {"head_dim": 32},
+    "nine-heads": {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16},
+    "biases": {"attention_bias": True, "mlp_bias": True, "intermediate_size": 100},
+    "one-layer": {"num_hidden_layers": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["ort-fused", "portable-static"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_text_models_pass_the_gate(copy: Path, tmp_path: Path, shape: str, flavour: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"].update(SHAPES[shape])
+    own = config.pop("model_type")
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(own, **config))
+    fresh.initialise(model, RULES, 0)
+    model.generation_config.eos_token_id = config["text_config"]["eos_token_id"]
+    model.save_pretrained(copy)
+    precisions = ("fp32", "int4") if flavour == "ort-fused" else ("fp32",)
+    plan = plan_for(None, to="onnx", flavour=flavour)
+    found = export.export_all(copy, tmp_path / "out", precisions, plan=plan)
+    assert len(found) == len(precisions)
