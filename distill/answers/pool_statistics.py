@@ -120,7 +120,7 @@ def write(path: Path, lines: Sequence[Line]) -> None:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """The lines for people, 80 columns wide but for large numbers. Accuracy against votes stands in brackets."""
+    """The lines for people, in 80 columns but for large numbers. Accuracy against votes is in brackets."""
     out = Table(title="Response pool", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     again = any(line.retokenised_share for line in lines)
     heads = ["phase", "mask", "by", "asked", "drawn", "distinct", "tokens", "p95", "ended", "right"]
