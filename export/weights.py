@@ -26,6 +26,9 @@ _ADAPTERS = ("lora_", "base_layer", "modules_to_save", "ia3_", "oft_", "vera_lam
 _SMALL = ("F8", "F6_", "F4", "I8", "U8", "I4", "U4")
 """How the names of types of 8 bits or fewer begin in a safetensors header."""
 
+_COMPUTED = ("position_ids", "inv_freq", "masked_bias")
+"""Buffers that older versions stored and that are computed now."""
+
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 """What DistributedDataParallel, torch.compile, FSDP and peft put before a name, or into it."""
 
@@ -37,7 +40,7 @@ def check(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str, ...]:
     layer that the configuration gives none (a bias), NaN or infinity.
     """
     _check_stored(path)
-    left = sorted(info["unexpected_keys"])
+    left = sorted(name for name in info["unexpected_keys"] if not name.endswith(_COMPUTED))
     if adapters := [name for name in left if any(mark in name for mark in _ADAPTERS)]:
         raise CheckpointError(
             f"{path}: {len(adapters)} weights of an adapter beside the model's (first: {adapters[0]}), which "

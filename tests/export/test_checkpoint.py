@@ -74,6 +74,15 @@ def test_a_bias_that_the_configuration_denies_is_refused(copy: Path) -> None:
         load(copy)
 
 
+def test_buffers_that_older_versions_stored_do_not_matter(copy: Path) -> None:
+    stored = {
+        "model.vision_model.embeddings.patch_embedding.position_ids": torch.arange(64)[None],
+        "model.text_model.layers.0.self_attn.q_proj.inv_freq": torch.ones(8),
+    }
+    rewrite(copy, lambda tensors: tensors.update(stored))
+    assert load(copy).notes == ()
+
+
 def test_weights_of_no_layer_are_left_out_and_noted(copy: Path) -> None:
     rewrite(copy, lambda tensors: tensors.update({"reward_head.weight": torch.ones(1, 64)}))
     facts = prepare(load(copy), (), lambda _: None, trace=False, expect=False)
