@@ -30,7 +30,7 @@ from evals.bench.bench_results import (
     Times,
     Tool,
 )
-from evals.remote import remote_phone, remote_runner, runner_output, runner_plan
+from evals.remote import remote_phone, remote_rounds, remote_runner, runner_output, runner_plan
 from evals.remote.remote_phone import Adb, heat
 from evals.remote.remote_runner import Program
 from evals.remote.remote_ssh import DeviceError
@@ -84,12 +84,15 @@ def bench(url: str, asked: Asked, tell: Tell = print) -> BenchResults:
     tell(f"{facts.name}: answering here, to compare")
     case = runner_plan.make(asked.bundle, image, question, policy)
     remote_runner.copy_case(adb, case, tell)
-    runs = []
-    for number in range(asked.rounds):
+
+    def measure(number: int) -> tuple[Run, Said]:
         tell(f"{facts.name}, round {number + 1} of {asked.rounds}")
-        runs.append(_run(adb, phone, number))
+        return _run(adb, phone, number)
+
+    runs, stopped = remote_rounds.taken(asked.rounds, measure, tell)
     grid = GridPoint(id="default", image=image.name, image_sha256=sha256_file(image), question=question)
-    return _results(phone, facts, case, policy, grid, runs)
+    found = _results(phone, facts, case, policy, grid, runs)
+    return found.model_copy(update={"missing": (*found.missing, *stopped)})
 
 
 def _phone(adb: Adb, program: Program, machine: str, facts: BundleFacts, tell: Tell) -> Phone:

@@ -26,6 +26,7 @@ from evals.bench import bench_import, bench_results
 from evals.bench.bench import seconds_of
 from evals.bench.bench_results import BenchResults
 from evals.page_server import RESULTS, PageServer
+from evals.remote import remote_rounds
 from runtime import files
 from runtime.errors import InputError, PocketError
 
@@ -80,9 +81,9 @@ def bench(url: str, bundle: Path, asked: Asked = Asked(), tell: Tell = print) ->
     """
     host, port, is_here = parse(url)
     with PageServer(bundle, host, port) as server, tempfile.TemporaryDirectory() as scratch:
-        rounds = []
         server.again = 0 if is_here else asked.rounds - 1
-        for number in range(asked.rounds):
+
+        def measure(number: int) -> BenchResults:
             address = f"{server.address}?{asked.query(number)}"
             if asked.rounds > 1:
                 tell(f"round {number + 1} of {asked.rounds}")
@@ -92,9 +93,12 @@ def bench(url: str, bundle: Path, asked: Asked = Asked(), tell: Tell = print) ->
                 if number == 0:
                     tell(f"open {address} on the device (its own name for this machine in place of {host})")
                 found = _received(server, asked.wait_s)
-            rounds.append(_checked(found, Path(scratch) / "bench.json"))
+            return _checked(found, Path(scratch) / "bench.json")
+
+        rounds, stopped = remote_rounds.taken(asked.rounds, measure, tell)
+        found = joined(rounds, fresh=is_here)
         path = Path(scratch) / "joined.json"
-        bench_results.write(joined(rounds, fresh=is_here), path)
+        bench_results.write(found.model_copy(update={"missing": (*found.missing, *stopped)}), path)
         return bench_import.read(path, [bundle])
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from evals.bench.bench_results import BenchResults
 from evals.remote import remote_adb, remote_phone, remote_runner
 from evals.remote.remote_adb import Asked
 from evals.remote.remote_ssh import DeviceError
+from evals.remote.runner_output import Said
 from runtime.errors import InputError
 from tests.evals.made_up_phone import SAID
 
@@ -187,6 +189,24 @@ def test_a_runner_that_fails(phone: Path, runner: Path, tiny_bundle: Path, act: 
     phone.with_name("phone.act").write_text(act + "\n")
     with pytest.raises(DeviceError, match=r"adb://phone: onnx-runner: (error: decoder|answer encode_ms)"):
         bench(tiny_bundle, runner)
+
+
+def test_rounds_before_the_one_that_fails_are_kept(
+    phone: Path, runner: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, left = remote_runner.measure, [True, True, False]
+
+    def unplugged(*args: Any) -> Said:
+        if not left.pop(0):
+            raise DeviceError("adb://phone: is gone; plug it in")
+        return measure(*args)
+
+    monkeypatch.setattr(remote_runner, "measure", unplugged)
+    found = bench(tiny_bundle, runner, rounds=5)
+    assert len(found.bundles[0].points[0].runs) == found.policy.rounds == 2
+    assert [(one.what, one.why) for one in found.missing][-1] == (
+        "round 3 of 5", "adb://phone: is gone; plug it in",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

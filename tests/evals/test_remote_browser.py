@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import pocketvlm
 from evals import page_server
-from evals.bench import bench_summary
+from evals.bench import bench_results, bench_summary
 from evals.bench.bench_results import BenchResults
 from evals.page_server import PageServer
 from evals.remote import remote, remote_browser
@@ -188,6 +188,26 @@ def test_rounds_of_different_things_are_not_joined() -> None:
         remote_browser.joined([one, other], fresh=True)
     with pytest.raises(BrowserError, match="differ in picture and question"):
         remote_browser.joined([one, loaded(grid=("large",))], fresh=True)
+
+
+def test_rounds_before_the_one_that_fails_are_kept(
+    with_page: Path, ort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results as a page sends them, twice, and then a browser that ends."""
+    sent: list[dict[str, Any]] = [json.loads(loaded(seed=i).model_dump_json(by_alias=True)) for i in range(2)]
+
+    def ends(*args: Any) -> dict[str, Any]:
+        if not sent:
+            raise BrowserError("chromium: ended with status 7")
+        return sent.pop(0)
+
+    monkeypatch.setattr(remote_browser, "run_headless", ends)
+    monkeypatch.setattr(remote_browser.bench_import, "read", lambda path, bundles: bench_results.read(path))
+    found = remote_browser.bench("browser://", with_page, Asked(rounds=4))
+    assert len(found.bundles[0].points[0].runs) == 2
+    assert [(one.what, one.why) for one in found.missing][-1] == (
+        "round 3 of 4", "chromium: ended with status 7",
+    )  # fmt: skip
 
 
 # --- the verb ---------------------------------------------------------
