@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
+from evals.torch_session import take_template
 from runtime.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -67,9 +68,17 @@ class Encoder:
 
     @classmethod
     def load(cls, checkpoint: str, *, revision: str | None = None, **limits: Any) -> Encoder:
-        """Processor and end ids of a checkpoint (its generation config may list several of them)."""
+        """Processor and end ids of a checkpoint (its generation config may list several of them).
+
+        Raises CheckpointError where it has no chat template.
+        """
         where: dict[str, Any] = {} if revision is None else {"revision": revision}
         processor = AutoProcessor.from_pretrained(checkpoint, **where)
+        if not take_template(processor):
+            raise CheckpointError(
+                f"{checkpoint}: no chat template in chat_template.jinja, chat_template.json or "
+                "tokenizer_config.json; copy that of the model it was trained from"
+            )
         try:
             eos = GenerationConfig.from_pretrained(checkpoint, **where).eos_token_id
         except OSError:  # no generation_config.json
