@@ -51,7 +51,7 @@ from runtime.image import prepare
 from runtime.image_spec import ImageSpec
 from runtime.manifest import Manifest, Parity
 from runtime.prompt import load_tokenizer
-from runtime.session import Session
+from runtime.session import Session, usual_context
 
 __all__ = [
     "FORCED_STEPS",
@@ -92,7 +92,7 @@ def check_float(
     """
     _check_embedding_rows(expected, staged, draft)
     cases = expected.cases
-    with GateSession.from_manifest(staged, draft, threads=1) as session:
+    with GateSession.from_manifest(staged, draft, threads=1, max_context=room(draft, expected)) as session:
         check_prompts(checkpoint, staged, draft, geometry or draft.image)
         result = measure(expected.sides, session, cases, FP32_LIMITS, "checkpoint")
         more = check_later(session, expected.later, (LATER_FP32, rel_diff), "checkpoint")
@@ -140,7 +140,7 @@ def check_quantized(
         check_prompts(checkpoint, staged, draft, geometry or draft.image)
         twin_sides, twin_later = _run(lambda: _ask_twin(folder, draft, expected))
     storage.release(checkpoint.parameters)
-    with GateSession.from_manifest(staged, draft, threads=1) as session:
+    with GateSession.from_manifest(staged, draft, threads=1, max_context=room(draft, expected)) as session:
         sides = _run(lambda: [side(session, case) for case in cases])
         result = measure(expected.sides, sides, cases, (), "checkpoint")  # ids and pixels; the rest is told
         against_twin = measure(twin_sides, sides, cases, allowed, "float twin")
@@ -180,7 +180,8 @@ def _ask_twin(
 ) -> tuple[list[Side], gate_turns.Later | None]:
     """What the float twins answer to the cases and the conversation."""
     two = any(part.role == "decoder_prefill" for part in draft.parts)  # their weights differ by rounding
-    with GateSession.from_manifest(folder, audit.twin_manifest(draft), threads=1) as twin:
+    manifest = audit.twin_manifest(draft)
+    with GateSession.from_manifest(folder, manifest, threads=1, max_context=room(draft, expected)) as twin:
         sides = [side(twin, case) for case in expected.cases]
         if (later := expected.later) is None:
             return sides, None
@@ -200,6 +201,16 @@ def _read_part(staged: Path, path: str) -> ir.Model:
         raise ParityError(
             f"gate: {path}: cannot be read back ({type(error).__name__}); export again"
         ) from error
+
+
+def room(draft: Manifest, expected: Expected) -> int:
+    """Tokens of the longest case or conversation and of what is made after it; never fewer than a session's
+    own. Two pictures of many tiles are more than a session has room for unless it is asked."""
+    prompts = [len(each.ids) for each in expected.sides]
+    if expected.later is not None:
+        prompts += [len(ids) for ids in expected.later.prompts]
+    usual = usual_context(draft.limits.context, draft.image.max_tokens)
+    return min(draft.limits.context, max(usual, max(prompts) + GREEDY_TOKENS + FORCED_STEPS))
 
 
 def reference_name() -> str:
