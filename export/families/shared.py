@@ -30,14 +30,20 @@ PIXELS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_conve
 
 def require(checkpoint: Checkpoint, settings: Mapping[str, bool]) -> None:
     """Raises CheckpointError naming the first setting of the image processor that is another."""
-    image = checkpoint.processor.image_processor
     for setting, wanted in settings.items():
-        got = getattr(image, setting, None)
+        got = _setting(checkpoint, setting)
         if bool(got) is not wanted:
             raise CheckpointError(
                 f"{checkpoint.path}: image_processor.{setting} is {got}, and only {wanted} can be exported; "
                 "set it in processor_config.json if the model was trained so"
             )
+
+
+def _setting(checkpoint: Checkpoint, name: str) -> Any:
+    """A setting of the image processor; where a file leaves it null (Gemma 3's do_convert_rgb), what the
+    processor's class says."""
+    found = getattr(checkpoint.processor.image_processor, name, None)
+    return getattr(checkpoint.processor, "images_kwargs", {}).get(name) if found is None else found
 
 
 def filter_of(checkpoint: Checkpoint) -> Filter:
