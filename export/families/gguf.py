@@ -249,9 +249,13 @@ class Lfm2VlGguf:
         check_act(config, "", "projector_hidden_act", GELUS)
         _check_merge("downsample_factor", int(config.get("downsample_factor", 2)))
 
+        normed = bool(config.get("projector_use_layernorm", True))
+
         def special(rest: str, source: str) -> list[Piece] | None:
             if rest.startswith("head."):
                 return []  # SigLIP's own, for one vector of a whole picture
+            if rest.startswith("layer_norm.") and not normed:
+                return []  # stored, but neither trained nor read; llama.cpp applies what it finds
             if rest == "embeddings.patch_embedding.weight":  # (hidden, patch * patch * 3) -> a convolution
                 change = lambda t: t.view(t.shape[0], patch, patch, 3).permute(0, 3, 1, 2)  # noqa: E731
                 return [Piece("v.patch_embd.weight", source, change, "f16")]
