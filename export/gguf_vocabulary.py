@@ -99,6 +99,13 @@ def check_normalizer(content: dict[str, Any], path: Path) -> None:
         )
 
 
+def written_blanks(tokenizer: Tokenizer) -> list[str]:
+    """Added tokens that are runs of the sign for a blank (Gemma has them for 2 to 31), the longest last. They
+    stand for blanks; nobody writes the sign itself."""
+    found = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+    return sorted((text for text in found if text and not text.strip(BLANK)), key=len)
+
+
 def composer(tokenizer: Tokenizer) -> Any | None:
     """The tokenizer's step that composes characters (NFC, as Qwen's has it), which llama.cpp leaves out."""
     return tokenizer.normalizer if isinstance(tokenizer.normalizer, normalizers.NFC) else None
@@ -128,7 +135,8 @@ def pre_tokenizer(content: dict[str, Any], path: Path) -> str:
 
 # --- by scores --------------------------------------------------------
 
-_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+BLANK = "\u2581"
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _NO_SPLIT = (
     None,
     {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
