@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,10 @@ def make_cases(
         drawn_ids = [int(i) for i in random.integers(0, vocab, FORCED_STEPS) if i != image_token]
         # rows that only fill the table up to a round number: no text has them
         extra = [i for i in drawn_ids if reference.tokenizer.id_to_token(i) is not None]
-        done.append(greedy_forced(reference, case, FORCED_STEPS, extra))
+        made = greedy_forced(reference, case, FORCED_STEPS, extra)
+        # an untrained model may choose the image token, which transformers takes for one more picture
+        forced = tuple(extra[0] if token == image_token else token for token in made.forced)
+        done.append(replace(made, forced=forced))
     return done
 
 
