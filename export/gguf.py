@@ -25,6 +25,7 @@ from export import gguf_gate, gguf_importance, gguf_modelfile, llamacpp, space, 
 from export.checkpoint import load, read_config
 from export.draft import draft_manifest, write_conformance
 from export.facts import Facts, Progress, prepare
+from export.families import other_layout
 from export.families.gguf import gguf_family
 from export.families.gguf_layout import UnknownNames
 from export.gguf_kinds import DIRECT, Request, check
@@ -118,6 +119,8 @@ def _planned(checkpoint: Path) -> Files:
 def plan_files(checkpoint: Path) -> Files:
     """Names and layouts of both files, before any weight is read. Raises CheckpointError with the path."""
     model_type = str(read_config(checkpoint)["model_type"])
+    if (refusal := other_layout(checkpoint, model_type)) is not None:
+        raise refusal
     with _named(checkpoint):
         family = gguf_family(model_type)
     source = open_source(checkpoint)

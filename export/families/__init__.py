@@ -29,11 +29,28 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+_LAYOUTS = {
+    "internvl_chat": "the original layout of InternVL, whose code comes with it; take the same model for "
+    "transformers itself, published as NAME-hf or -HF (model_type internvl)",
+    "lfm2-vl": "as LFM2-VL was before transformers knew it, and in MLX's copies; take the model's present "
+    "repository (model_type lfm2_vl)",
+}
+"""What the model types of other layouts of known families are, and what to take instead."""
+
+
+def other_layout(path: Path, model_type: str) -> CheckpointError | None:
+    """The refusal of a known family in a layout that is not transformers'; None for any other type."""
+    found = _LAYOUTS.get(model_type)
+    return CheckpointError(f"{path}: model_type {model_type!r}: {found}") if found else None
+
+
 def check_type(path: Path, model_type: str) -> Family:
     """The family of a `model_type`. Raises CheckpointError naming what is known and what to write."""
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    if (refusal := other_layout(path, model_type)) is not None:
+        raise refusal
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise CheckpointError(
         f"{path}: model_type {model_type!r} has no exporter; known: {known}; "
