@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import logging
 import tempfile
 import time
@@ -320,6 +321,7 @@ def _load(path: Path) -> tuple[Any, Any]:
             )
             processor = AutoProcessor.from_pretrained(path, local_files_only=True)
             take_template(processor)
+            take_tokenizer(path / TOKENIZER, processor)
     except Exception as error:  # transformers, safetensors and tokenizers each raise classes of their own
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise CheckpointError(f"{path}: transformers cannot load it: {first}") from error
@@ -335,6 +337,39 @@ def take_template(processor: Any) -> bool:
         found = getattr(processor.tokenizer, "chat_template", None)
         processor.chat_template = found.get("default") if isinstance(found, dict) else found
     return bool(processor.chat_template)
+
+
+TOKENIZER = "tokenizer.json"
+_CUTS = ("normalizer", "pre_tokenizer")
+"""What cuts a text before the vocabulary is asked."""
+
+
+def take_tokenizer(file: Path, processor: Any) -> tuple[str, ...]:
+    """Let the processor's tokenizer cut texts as this tokenizer.json says; what was put right.
+
+    transformers 5 builds some classes anew, with the class's own rule: SmolVLM's published files name
+    GPT2Tokenizer, which cuts a number after a line's end otherwise than the digits' rule of their
+    tokenizer.json, and so otherwise than in training. Nothing is done where there is no such file.
+    """
+    if not file.is_file():
+        return ()
+    stored, taken = Tokenizer.from_file(str(file)), processor.tokenizer.backend_tokenizer
+    changed = tuple(name for name in _CUTS if _rule(getattr(stored, name)) != _rule(getattr(taken, name)))
+    if changed:
+        for name in (*_CUTS, "decoder"):  # they belong together: one may replace what another puts back
+            setattr(taken, name, getattr(stored, name))
+    return changed
+
+
+def _rule(part: Any) -> Any:
+    """A normalizer or pre-tokenizer as data, without what changes only the places of tokens in the text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items() if name != "trim_offsets"}
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return None if part is None else plain(json.loads(part.__getstate__()))
 
 
 @contextlib.contextmanager

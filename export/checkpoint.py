@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.asking.subjects import checkpoint_sha256
-from evals.torch_session import quiet_transformers, take_template
+from evals.torch_session import TOKENIZER, quiet_transformers, take_template, take_tokenizer
 from export import weights
 from runtime.errors import CheckpointError, MissingExtra
 
@@ -198,6 +198,9 @@ def load(path: Path) -> Checkpoint:
             f"{path}: no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json; "
             "copy that of the model it was trained from"
         )
+    if changed := take_tokenizer(path / TOKENIZER, processor):
+        kind = type(processor.tokenizer).__name__
+        notes += (f"{' and '.join(changed)} of {TOKENIZER} taken, where transformers puts {kind}'s own",)
     _fix_rope(model)
     return Checkpoint(path, model.eval().requires_grad_(False), processor, notes)
 

@@ -12,13 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
+from transformers.utils import cached_file
 
-from evals.torch_session import take_template
+from evals.torch_session import TOKENIZER, take_template, take_tokenizer
 from runtime.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -79,6 +81,9 @@ class Encoder:
                 f"{checkpoint}: no chat template in chat_template.jinja, chat_template.json or "
                 "tokenizer_config.json; copy that of the model it was trained from"
             )
+        missing = {"_raise_exceptions_for_missing_entries": False}
+        if file := cached_file(checkpoint, TOKENIZER, **missing, **where):
+            take_tokenizer(Path(file), processor)
         try:
             eos = GenerationConfig.from_pretrained(checkpoint, **where).eos_token_id
         except OSError:  # no generation_config.json
