@@ -88,13 +88,18 @@ def prepare(
     if image_required:
         prompt = prompt.model_copy(update={"user_without_image": None})
     context = limits.context(checkpoint, family, image, plan.max_context)
-    room = context // image.max_tokens
+    room = limits.most_pictures(image, context, fixed=plan.static)
     _check_ids(checkpoint)
     # before the costly steps; the gate repeats it on the written tokenizer
     with _running(checkpoint):
-        claims = proof.settle(checkpoint, prompt, geometry, max(1, min(plan.max_images, room)))
+        claims = proof.settle(checkpoint, prompt, geometry, min(plan.max_images, room))
     prompt = claims.prompt
     notes = (*checkpoint.notes, *claims.notes, *prompts.day_note(checkpoint), *_generation_note(checkpoint))
+    if plan.static and room < plan.max_images:
+        notes += (
+            f"at most {room} of {plan.max_images} pictures in a conversation: each takes {image.max_tokens} of "
+            f"{context} tokens; more fit with fewer --max-image-tokens",
+        )
     for note in notes:
         say(f"note: {note}")
     kind = GateReference if image == geometry else limits.presized(image)

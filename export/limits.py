@@ -129,6 +129,15 @@ def context(checkpoint: Checkpoint, family: Family, image: ImageSpec, ceiling: i
     return ceiling
 
 
+def most_pictures(image: ImageSpec, context: int, *, fixed: bool) -> int:
+    """How many pictures a conversation of `context` tokens may hold, at least 1.
+
+    With `fixed` shapes every picture takes the most tokens, and so needs room for its question beside it;
+    otherwise most take fewer, and what does not fit is told when it is asked.
+    """
+    return max(1, context // (image.max_tokens + (LEAST_TOKENS if fixed else 0)))
+
+
 def presized(image: ImageSpec) -> type[TorchSession]:
     """A reference session that brings every picture to the one size of `image` first, by our own resize.
 
