@@ -73,9 +73,9 @@ class InternVlGguf:
             writer.add_vision_attention_layernorm_eps(float(vision["layer_norm_eps"]))
             writer.add_vision_use_gelu(True)
             writer.add_vision_projector_scale_factor(round(1 / float(config["downsample_ratio"])))
-            if preprocessor.get("crop_to_patches"):
-                writer.add_vision_preproc_min_tiles(int(preprocessor.get("min_patches", 1)))
-                writer.add_vision_preproc_max_tiles(int(preprocessor.get("max_patches", 12)))
+            # published files say crop_to_patches false, and transformers' processor cuts all the same
+            writer.add_vision_preproc_min_tiles(int(preprocessor.get("min_patches", 1)))
+            writer.add_vision_preproc_max_tiles(int(preprocessor.get("max_patches", 12)))
 
         return Plan("clip", "vision", vision_pieces(INTERNVL, names, special), values, has_tokenizer=False)
 

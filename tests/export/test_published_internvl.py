@@ -53,6 +53,17 @@ def test_pictures_are_cut_although_the_file_says_no(published: Path) -> None:
     assert max(rows * columns for rows, columns in cut.grids) == 12
 
 
+def test_llama_cpp_is_told_of_tiles_although_the_file_says_no(published: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from export.gguf import plan_files
+
+    writer = gguf.GGUFWriter(tmp_path / "f", "clip")
+    plan_files(published).vision.values(writer)
+    (values,) = writer.kv_data
+    assert values["clip.vision.preproc_min_tiles"].value == 1
+    assert values["clip.vision.preproc_max_tiles"].value == 12
+
+
 def test_the_gate_has_room_for_two_pictures_of_many_tiles(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
