@@ -7,6 +7,7 @@ In: tokenizer.json and tokenizer_config.json. Out: key-value pairs. Not here: wh
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,24 @@ def write_tokenizer(writer: Any, path: Path, vocabulary: int) -> None:
         _write_scored(writer, content, vocabulary, path)
     else:
         _write_merged(writer, tokenizer, content, vocabulary, path)
-    special = gguf.SpecialVocab(path, load_merges=not by_scores)
+    special = _special(path, load_merges=not by_scores)
     special.add_special_token |= _added(tokenizer)
     if (template := _template(path)) is not None:
         special.chat_template = template
     special.add_to_gguf(writer)
     _write_ends(writer, path, tokenizer, special.special_token_ids)
+
+
+def _special(path: Path, *, load_merges: bool) -> Any:
+    """What `gguf` finds, without its line about a separator of two texts (Gemma's and LFM2's is the token that
+    begins a text): no prompt has a pair."""
+    log = logging.getLogger("gguf.vocab")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return gguf.SpecialVocab(path, load_merges=load_merges)
+    finally:
+        log.setLevel(level)
 
 
 def _template(path: Path) -> str | None:
