@@ -44,7 +44,7 @@ def write_tokenizer(writer: Any, path: Path, vocabulary: int) -> None:
 
 
 def _special(path: Path, *, load_merges: bool) -> Any:
-    """What `gguf` finds, without its line about a separator of two texts (Gemma's and LFM2's is the token that
+    """What `gguf` finds, without its line about a separator of two texts (for Gemma and LFM2 the token that
     begins a text): no prompt has a pair."""
     log = logging.getLogger("gguf.vocab")
     level = log.level

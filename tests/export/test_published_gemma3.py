@@ -92,7 +92,7 @@ def test_tokens_for_runs_of_blanks_pass_the_proof(
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A",
         pair=f"{bos} $A {bos}:1 $B:1",
-        special_tokens=[(bos, int(tokenizer.bos_token_id))],  # type: ignore[call-overload]
+        special_tokens=[(bos, int(tokenizer.bos_token_id))],
     )
     monkeypatch.setattr(gguf_checkpoints, "gemma_tokenizer", lambda: tokenizer)
     path = gguf_checkpoints.write("gemma3", tmp_path / "tiny")
