@@ -103,7 +103,7 @@ def written_blanks(tokenizer: Tokenizer) -> list[str]:
     """Added tokens that are runs of the sign for a blank (Gemma has them for 2 to 31), the longest last. They
     stand for blanks; nobody writes the sign itself."""
     found = (token.content for token in tokenizer.get_added_tokens_decoder().values())
-    return sorted((text for text in found if text and not text.strip(BLANK)), key=len)
+    return sorted((text for text in found if len(text) > 1 and not text.strip(BLANK)), key=len)
 
 
 def composer(tokenizer: Tokenizer) -> Any | None:
