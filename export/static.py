@@ -39,7 +39,7 @@ def check_decoder(shape: DecoderShape) -> None:
     if type(shape) is not DecoderShape:
         raise InputError(
             "portable-static: short convolutions, windows and pictures whose tokens see each other have no "
-            "static graph here; use the flavour ort-fused"
+            "static graph here; use --flavour ort-fused"
         )
 
 
@@ -74,7 +74,7 @@ def trace_all(
     if kinds or not hasattr(modules.text, "rotary_emb"):
         raise CheckpointError(
             f"{checkpoint.path}: layers of type {', '.join(sorted(kinds)) or 'without rotary_emb'} have no "
-            "static graph; use the flavour ort-fused"
+            "static graph; use --flavour ort-fused"
         )
     ids = torch.zeros(1, sizes.chunk, dtype=torch.int32)
     try:

@@ -201,11 +201,16 @@ def _any_phone() -> Plan:
 
 
 def default_precision(plan: Plan, to: str = "onnx") -> str:
-    """The target's own; of another flavour, or without a target, fp32 (ML programs: fp16)."""
+    """The target's own. Of the other flavour: fused graphs int4 where the target's are of 8 bits or fewer, and
+    the target's where not; fixed shapes fp32. Without a target fp32 (ML programs: fp16)."""
     if plan.target is None:
         return "fp16" if to == "coreml" else "fp32"
     target = find(plan.target)
-    return target.precision if target.flavour == plan.flavour else "fp32"
+    if target.flavour == plan.flavour:
+        return target.precision
+    if plan.static:
+        return "fp32"
+    return "int4" if target.precision.startswith("qdq-") else target.precision
 
 
 def check_precision(plan: Plan, precision: str) -> None:

@@ -51,9 +51,18 @@ def test_without_a_target_nothing_is_limited() -> None:
     assert targets.default_precision(plan) == "fp32"
 
 
-def test_another_flavour_takes_float_until_told_otherwise() -> None:
-    plan = targets.plan_for("cpu", flavour="portable-static")
-    assert plan.static and targets.default_precision(plan) == "fp32"
+@pytest.mark.parametrize(
+    ("target", "flavour", "precision"),
+    [
+        ("cpu", "portable-static", "fp32"),
+        ("android", "ort-fused", "int4"),
+        ("jetson-orin", "ort-fused", "fp16"),
+    ],
+)
+def test_the_other_flavour_of_a_target(target: str, flavour: str, precision: str) -> None:
+    plan = targets.plan_for(target, flavour=flavour)
+    assert targets.default_precision(plan) == precision
+    targets.check_precision(plan, precision)
 
 
 def test_a_target_of_another_format_says_what_to_use() -> None:
