@@ -74,7 +74,8 @@ def table(path: Path) -> Table:
         "parameters x bits",
         title=f"{path.name} ({manifest.flavour if manifest.format == 'onnx' else manifest.format})",
         caption=f"{cache}at most {limits.context} tokens, {limits.images} "
-        f"picture{'s' * (limits.images != 1)}, {limits.image_tokens} tokens a picture; against the checkpoint: {_parity(manifest)}",
+        f"picture{'s' * (limits.images != 1)}, {limits.image_tokens} tokens a picture; "
+        f"against the checkpoint: {_parity(manifest)}",
     )
     for part in manifest.parts:
         bits = ", ".join(f"{parameters(each.parameters)} x {each.bits}" for each in part.bits)

@@ -201,8 +201,8 @@ def _any_phone() -> Plan:
 
 
 def default_precision(plan: Plan, to: str = "onnx") -> str:
-    """The target's own. Of the other flavour: fused graphs int4 where the target's are of 8 bits or fewer, and
-    the target's where not; fixed shapes fp32. Without a target fp32 (ML programs: fp16)."""
+    """The target's own. Of the other flavour: int4 for fused graphs where the target's are qdq, and the
+    target's where not; fp32 for fixed shapes. Without a target fp32 (ML programs: fp16)."""
     if plan.target is None:
         return "fp16" if to == "coreml" else "fp32"
     target = find(plan.target)
