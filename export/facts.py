@@ -97,8 +97,8 @@ def prepare(
     notes = (*checkpoint.notes, *claims.notes, *prompts.day_note(checkpoint), *_generation_note(checkpoint))
     if plan.static and room < plan.max_images:
         notes += (
-            f"at most {room} of {plan.max_images} pictures in a conversation: each takes {image.max_tokens} of "
-            f"{context} tokens; more fit with fewer --max-image-tokens",
+            f"at most {room} of {plan.max_images} pictures in a conversation: each takes {image.max_tokens} "
+            f"of {context} tokens; more fit with fewer --max-image-tokens",
         )
     for note in notes:
         say(f"note: {note}")
