@@ -43,6 +43,10 @@ def check_decoder(shape: DecoderShape) -> None:
         )
 
 
+MOST_FIXED = 4096
+"""Tokens of a picture up to which fixed shapes are the model's own: attention grows with their square."""
+
+
 def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     """The section with every view of one shape: a resize to any size becomes one to a square of tokens.
 
@@ -55,6 +59,11 @@ def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     if not isinstance(last, SmartResize):
         return spec
     cells = last.factor // (spec.tokens.patch * spec.tokens.merge)
+    if max_tokens is None and spec.max_tokens > MOST_FIXED:
+        raise InputError(
+            f"fixed shapes: every picture would be as large as this model's largest, {spec.max_tokens} tokens; "
+            "give --max-image-tokens (1024, say) or --target"
+        )
     most = min(last.max_pixels // last.factor**2, (max_tokens or spec.max_tokens) // cells**2)
     side = isqrt(most)
     if side < 1 or side * side * last.factor**2 < last.min_pixels:

@@ -400,6 +400,13 @@ def test_pictures_of_any_size_get_one_square(tmp_path: Path) -> None:
     assert {view.grid for each in views for view in each} == {(4, 4)}
     with pytest.raises(InputError, match="max_image_tokens: got 1"):
         static.fixed_views(spec, 1)
+    large = spec.operations[-3].model_copy(update={"max_pixels": 5000 * spec.operations[-3].factor ** 2})
+    published = image_limits.bounded((*spec.operations[:-3], large, *spec.operations[-2:]), spec.tokens)
+    with pytest.raises(
+        InputError, match=r"largest, 5000 tokens; give --max-image-tokens \(1024, say\) or --target"
+    ):
+        static.fixed_views(published)
+    assert static.fixed_views(published, 1024).max_tokens == 1024
     changed = limits.hold(checkpoint, family, 20)
     assert changed and limits.narrowed(family.image(checkpoint), 20).max_tokens <= 20
     assert image_limits.limit(spec, 20).max_tokens <= 20
