@@ -61,7 +61,7 @@ def fixed_views(spec: ImageSpec, max_tokens: int | None = None) -> ImageSpec:
     cells = last.factor // (spec.tokens.patch * spec.tokens.merge)
     if max_tokens is None and spec.max_tokens > MOST_FIXED:
         raise InputError(
-            f"fixed shapes: every picture would be as large as the model's largest, {spec.max_tokens} tokens; "
+            f"fixed shapes: each picture would be as large as the model's largest, {spec.max_tokens} tokens; "
             "give --max-image-tokens (1024, say) or --target"
         )
     most = min(last.max_pixels // last.factor**2, (max_tokens or spec.max_tokens) // cells**2)
