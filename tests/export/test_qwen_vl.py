@@ -458,8 +458,10 @@ REFUSED: tuple[tuple[str, str, Callable[[dict[str, Any]], None], str], ...] = (
     (
         "qwen3_vl",
         "config.json",
-        lambda c: c["text_config"]["rope_parameters"].update(rope_type="dynamic", factor=2.0),
-        "rope_type 'dynamic'",
+        lambda c: c["text_config"]["rope_parameters"].update(
+            rope_type="longrope", factor=2.0, short_factor=[1.0] * 8, long_factor=[2.0] * 8
+        ),
+        "rope_type 'longrope'",
     ),
     (
         "qwen3_vl",
