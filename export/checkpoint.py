@@ -188,7 +188,7 @@ def load(path: Path) -> Checkpoint:
         if not (path / "tokenizer.json").is_file():
             next_step = "it has no tokenizer.json; copy that of the model it was trained from"
         raise CheckpointError(
-            f"{path}: transformers cannot load it: {_first_line(error)}; {next_step}"
+            f"{path}: transformers cannot load it: {first_line(error)}; {next_step}"
         ) from error
     model, info = loaded
     _check_task(path, model)
@@ -268,5 +268,6 @@ def _check_task(path: Path, model: Any) -> None:
         raise CheckpointError(f"{path}: is a checkpoint for {task}; only {TASK} can be exported")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What another library says, for a message of one line; its class where it says nothing."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]

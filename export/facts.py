@@ -15,7 +15,7 @@ import onnx_ir as ir
 from evals.parity.parity import ParityCase
 from evals.torch_session import TorchSession
 from export import calibrate, gate, gate_expected, limits, prompts, proof, static
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, first_line
 from export.families import Family, family_of, without_tiles
 from export.gate_cases import GateReference
 from export.gate_expected import Expected
@@ -181,9 +181,9 @@ def _running(checkpoint: Checkpoint) -> Iterator[None]:
     except PocketError:
         raise
     except Exception as error:  # of any class: a shape, a type, an index
-        first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise CheckpointError(
-            f"{checkpoint.path}: transformers cannot answer with it: {first}; correct its configuration"
+            f"{checkpoint.path}: transformers cannot answer with it: {first_line(error)}; "
+            "correct its configuration"
         ) from error
 
 

@@ -72,16 +72,17 @@ def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return found
 
 
-def render(checkpoint: Checkpoint, messages: Sequence[Message], *, generate: bool) -> str:
-    """The chat template's text; with `generate` the opening of an answer follows."""
-    return _rendered(checkpoint, messages, generate=generate)
+def render(
+    checkpoint: Checkpoint, messages: Sequence[Message], *, generate: bool, template: str | None = None
+) -> str:
+    """The text of the chat template, or of `template`; with `generate` the opening of an answer follows.
 
-
-def _rendered(checkpoint: Checkpoint, messages: Sequence[Message], **options: Any) -> str:
-    """Raises CheckpointError with what the template raised."""
-    options["add_generation_prompt"] = options.pop("generate")
+    Raises CheckpointError with what the template raised.
+    """
     try:
-        text = checkpoint.processor.apply_chat_template(conversation(messages), tokenize=False, **options)
+        text = checkpoint.processor.apply_chat_template(
+            conversation(messages), chat_template=template, add_generation_prompt=generate, tokenize=False
+        )
     except Exception as error:  # jinja2's, those that a template raises, Python's from inside of it
         raise CheckpointError(
             f"{checkpoint.path}: the chat template cannot be rendered: {error}; it must take a message's "
@@ -101,7 +102,7 @@ def day_note(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not isinstance(template, str) or _CLOCK not in template:
         return ()
     marked = template.replace(_CLOCK, f"('{_MARK}' ~ ")
-    if _MARK not in _rendered(checkpoint, [Message("?", (None,))], generate=True, chat_template=marked):
+    if _MARK not in render(checkpoint, [Message("?", (None,))], generate=True, template=marked):
         return ()
     return ("the chat template writes the day (strftime_now); this bundle's prompts keep that of the export",)
 
